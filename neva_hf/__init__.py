@@ -1,0 +1,33 @@
+"""neva-hf: dial the values of a language model.
+
+Importing this package makes the method `NEVA` known to PEFT, so that PEFT and transformers load neuron maps too.
+"""
+
+from ._version import __version__
+from .base import DEFAULT_BASE, load_base
+from .config import NeVAConfig
+from .dial import dialled, get_strengths, set_strengths
+from .errors import NeVAError
+from .layer import NeVALayer
+from .model import NeVAModel
+from .neuron_map import NeuronMap
+from .tuner import NeVATuner
+from .values import Value, ValueSystem, load_value_system
+
+__all__ = [
+    "DEFAULT_BASE",
+    "NeVAConfig",
+    "NeVAError",
+    "NeVALayer",
+    "NeVAModel",
+    "NeVATuner",
+    "NeuronMap",
+    "Value",
+    "ValueSystem",
+    "__version__",
+    "dialled",
+    "get_strengths",
+    "load_base",
+    "load_value_system",
+    "set_strengths",
+]

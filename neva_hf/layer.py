@@ -1,0 +1,400 @@
+"""A down projection whose inputs are edited.
+
+Invariants:
+- The base layer runs as it is, and what edits write is added (edit.py), so any linear base layer works, quantized ones
+  too. Only where all rows share a folded edit and the base layer is a plain `nn.Linear` is it fused into that matmul.
+- What a call dials comes from the calling thread, what is set on the model from the layer. Without either, at strength
+  0, disabled or merged, the layer is the base layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import NeVAConfig
+from .edit import GeneralEdit, LayerEdit, add_folded, add_general, calls, same_layout
+from .errors import NeVAError
+from .strengths import scale_by_units
+
+
+class NeVALayer(nn.Module, BaseTunerLayer):
+    """A down projection that adds the edits of its active adapters to what the base layer returns.
+
+    Args:
+        base_layer (`nn.Module`): The down projection: any module that maps `[..., d_ff]` to `[..., hidden]` linearly.
+        adapter_name (`str`): The name of the first adapter.
+        config ([`NeVAConfig`]): Its configuration.
+        module_name (`str`): The full name of the down projection in the base model.
+
+    Raises:
+        `NeVAError`: If the module does not tell its sizes, or has fewer neurons than the config asks for.
+    """
+
+    adapter_layer_names = ("neva_shift", "neva_gain", "neva_gate_weight", "neva_gate_bias")
+    other_param_names = ("neva_index", "neva_configs", "neva_strengths")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: NeVAConfig, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.in_features, self.out_features = layer_sizes(base_layer)
+        self.neva_index = BufferDict(persistent=True)
+        self.neva_shift = nn.ParameterDict()
+        self.neva_gain = nn.ParameterDict()
+        self.neva_gate_weight = nn.ParameterDict()
+        self.neva_gate_bias = nn.ParameterDict()
+        self.neva_configs: dict[str, NeVAConfig] = {}
+        self.neva_strengths: dict[str, list[float]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._before_merges: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._active_adapter = adapter_name
+        self._edit: LayerEdit | None = None
+        self._stale = False
+        self._folds: dict[str, tuple[Any, torch.Tensor]] = {}
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: NeVAConfig) -> None:
+        """Adds an adapter: tensors of the config's sizes that leave the base layer as it is.
+
+        Args:
+            adapter_name (`str`): Its name.
+            config ([`NeVAConfig`]): Its configuration.
+
+        Raises:
+            `NeVAError`: If the config asks for more neurons than there are.
+        """
+        count = config.neurons_in(self.module_name)
+        if count > self.in_features:
+            raise NeVAError(
+                f"`neurons` asks for {count} neurons in {self.module_name!r}, which has only {self.in_features}."
+            )
+        shape = (len(config.values), count)
+        self.neva_index[adapter_name] = torch.arange(count, dtype=torch.int32)
+        self.neva_shift[adapter_name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        if config.use_gain:
+            self.neva_gain[adapter_name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        if config.use_gate:
+            self.neva_gate_weight[adapter_name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+            self.neva_gate_bias[adapter_name] = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32))
+        self.neva_configs[adapter_name] = config
+        self.neva_strengths[adapter_name] = [float(config.default_strengths.get(name, 0.0)) for name in config.values]
+        # transformers fills the tensors after this by ways that call none of our hooks: make the edit when first used.
+        self._stale = any(self.neva_strengths[adapter_name])
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        edit = self._edit_in_force()
+        if edit is None:
+            return self.base_layer(x, *args, **kwargs)
+        if edit.fused is not None:
+            return nn.functional.linear(x, self.base_layer.weight, edit.fused)
+        output = self.base_layer(x, *args, **kwargs)
+        if edit.bias is not None:
+            output = add_folded(output, edit.bias.to(output.dtype))
+        for general in edit.general:
+            output = add_general(output, x, general)
+        return output
+
+    def _edit_in_force(self) -> LayerEdit | None:
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return None
+        if self.merged_adapters:
+            return None
+        edits = calls.edits
+        if edits is not None and self in edits:
+            return edits[self]
+        if self._stale:
+            self.refresh()
+        return self._edit
+
+    def refresh(self) -> None:
+        """Makes the edit for the strengths that are set on the model, after anything that it depends on has changed."""
+        if self._on_meta():
+            self._stale = True
+            return
+        active = [name for name in self.active_adapters if name in self.neva_shift]
+        tables = {name: torch.tensor([self.neva_strengths[name]], dtype=torch.float32) for name in active}
+        edit = self.make_edit(tables) if any(bool(table.any()) for table in tables.values()) else None
+        if self._edit is not None and edit is not None and same_layout(self._edit, edit):
+            # The same tensors with other numbers: compiled graphs and CUDA graphs go on without noticing.
+            with torch.no_grad():
+                for old, new in zip(self._edit.tensors(), edit.tensors(), strict=True):
+                    old.copy_(new)
+        else:
+            self._edit = edit
+        self._stale = False
+
+    def make_edit(self, tables: Mapping[str, torch.Tensor], use_gate: bool = True) -> LayerEdit:
+        """Turns strengths into what this layer adds.
+
+        Args:
+            tables (`Mapping[str, torch.Tensor]`): Adapter name -> strengths `[rows, V]`, float32 on the CPU.
+            use_gate (`bool`): Whether gates are used where the adapter has them.
+
+        Returns:
+            [`LayerEdit`]: On the device of the base layer.
+        """
+        bias: torch.Tensor | None = None
+        general = []
+        # Outside inference mode, since what is made here may outlive the caller's.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, table in tables.items():
+                if name not in self.neva_shift:
+                    continue
+                config = self.neva_configs[name]
+                coefficients = scale_by_units(table, config.values, config.units)
+                if name in self.neva_gain or (use_gate and name in self.neva_gate_weight):
+                    general.append(self._general_edit(name, coefficients, use_gate))
+                    continue
+                fold = self.fold(name)
+                folded = coefficients.to(fold.device) @ fold
+                # -0.0 is the neutral element of addition (y + 0.0 turns y = -0.0 into 0.0).
+                untouched = (coefficients == 0).all(dim=1, keepdim=True).to(fold.device)
+                folded = torch.where(untouched, -0.0, folded)
+                bias = folded if bias is None else bias + folded
+            if bias is None:
+                return LayerEdit(general=tuple(general))
+            dtype = self._device_and_dtype()[1]
+            if bias.shape[0] == 1 and not general and self._can_fuse():
+                base_bias = self.base_layer.bias
+                total = bias[0] if base_bias is None else bias[0] + base_bias.float()
+                return LayerEdit(fused=total.to(dtype))
+            return LayerEdit(bias=bias.to(dtype), general=tuple(general))
+
+    def _general_edit(self, name: str, coefficients: torch.Tensor, use_gate: bool) -> GeneralEdit:
+        columns = self.columns(self.neva_index[name])
+        untouched = (coefficients == 0).all(dim=1, keepdim=True)
+
+        def own(tensors: nn.ParameterDict, wanted: bool) -> torch.Tensor | None:
+            return tensors[name].to(columns.device, torch.float32, copy=True) if wanted and name in tensors else None
+
+        shift = own(self.neva_shift, True)
+        assert shift is not None
+        return GeneralEdit(
+            index=self.neva_index[name].to(columns.device, torch.int64),
+            columns=columns.to(self._device_and_dtype()[1]),
+            coefficients=coefficients.to(columns.device),
+            shift=shift,
+            gain=own(self.neva_gain, True),
+            gate_weight=own(self.neva_gate_weight, use_gate),
+            gate_bias=own(self.neva_gate_bias, use_gate),
+            gate_logit=float(torch.logit(torch.tensor(self.neva_configs[name].gate_probability))),
+            untouched=untouched.to(columns.device) if bool(untouched.any()) else None,
+        )
+
+    def fold(self, adapter_name: str) -> torch.Tensor:
+        """What each value's shift writes to the output at coefficient 1.
+
+        Args:
+            adapter_name (`str`): Which adapter.
+
+        Returns:
+            `torch.Tensor`: Float32 `[V, hidden]`, kept until weights or shifts change.
+        """
+        shift, index = self.neva_shift[adapter_name], self.neva_index[adapter_name]
+        key = (*_version(shift), *_version(index), *_version(self._weight()))
+        if adapter_name not in self._folds or self._folds[adapter_name][0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                columns = self.columns(index)
+                self._folds[adapter_name] = (key, shift.to(columns.device, torch.float32) @ columns)
+        return self._folds[adapter_name][1]
+
+    def columns(self, index: torch.Tensor) -> torch.Tensor:
+        """What a unit of each given input feature writes to the output.
+
+        Args:
+            index (`torch.Tensor`): Input features, `[k]`.
+
+        Returns:
+            `torch.Tensor`: Float32 `[k, hidden]`. Read from the weight where it is a plain one; else (quantized,
+            offloaded, or wrapped by another adapter) measured by running the base layer on one-hot rows.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if self._is_plain():
+                weight = self.base_layer.weight
+                picked = index.to(weight.device, torch.int64)
+                rows = weight[picked] if isinstance(self.base_layer, Conv1D) else weight[:, picked].T
+                return rows.to(torch.float32, copy=True)
+            device, dtype = self._device_and_dtype()
+            nothing = torch.zeros(1, 1, self.in_features, device=device, dtype=dtype)
+            at_rest = self.base_layer(nothing)[0].float()
+            written = []
+            for chunk in index.to(device, torch.int64).split(256):
+                one_hot = nothing[0].repeat(len(chunk), 1)
+                one_hot[torch.arange(len(chunk), device=device), chunk] = 1
+                written.append(self.base_layer(one_hot[None])[0].float() - at_rest)
+            return torch.cat(written)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the edits at the strengths that are set on the model into the base layer's weight and bias.
+
+        `s * shift` of all neurons becomes an output bias, and `s * gain` scales the neurons' columns.
+
+        Args:
+            safe_merge (`bool`): Whether to refuse a merge that would not be finite.
+            adapter_names (`list[str]`, *optional*): Which adapters; the active ones when `None`.
+
+        Raises:
+            `NeVAError`: For gates, which depend on the token, and for base layers without a plain weight.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.neva_shift:
+                continue
+            strengths = torch.tensor([self.neva_strengths[name]], dtype=torch.float32)
+            if bool(strengths.any()) and name in self.neva_gate_weight:
+                raise NeVAError(
+                    f"Adapter {name!r} has gates, which decide per token, so it cannot be merged into weights. "
+                    "Keep it as an adapter, or make a map without gates."
+                )
+            if not self._is_plain():
+                raise NeVAError(
+                    f"{self.module_name!r} is a {type(self.base_layer).__name__} without a plain floating-point weight, "
+                    "so edits cannot be merged into it. Load the base model without quantization to merge."
+                )
+            base = self.base_layer
+            before = (base.weight.data, None if base.bias is None else base.bias.data)
+            if bool(strengths.any()):
+                weight, bias = self._merged(name, strengths)
+                if safe_merge and not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                    raise NeVAError(f"Merging {name!r} into {self.module_name!r} gives numbers that are not finite.")
+                base.weight.data, base.bias = weight, nn.Parameter(bias, requires_grad=False)
+            self._before_merges.append(before)
+            self.merged_adapters.append(name)
+
+    def _merged(self, name: str, strengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        base, config = self.base_layer, self.neva_configs[name]
+        weight: torch.Tensor = base.weight.data
+        coefficients = scale_by_units(strengths, config.values, config.units).to(weight.device)
+        bias = (coefficients @ self.fold(name))[0]
+        if base.bias is not None:
+            bias = bias + base.bias.float()
+        if name in self.neva_gain:
+            scale = torch.ones(self.in_features, device=weight.device)
+            gain = self.neva_gain[name].to(weight.device, torch.float32)
+            scale[self.neva_index[name].to(weight.device, torch.int64)] += (coefficients @ gain)[0]
+            weight = (weight.float() * (scale[:, None] if isinstance(base, Conv1D) else scale)).to(weight.dtype)
+        return weight, bias.detach().to(weight.dtype)
+
+    def unmerge(self) -> None:
+        """Puts the base layer back as it was before [`merge`], bit for bit."""
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            weight, bias = self._before_merges.pop()
+            self.base_layer.weight.data = weight
+            self.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if not self._stale:
+            self.refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._folds.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+        self.refresh()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NeVALayer:
+        # .to(), .half(), .cuda() and the like come through here.
+        super()._apply(fn, recurse)
+        self._folds.clear()
+        self.refresh()
+        return self
+
+    def _weight(self) -> torch.Tensor:
+        base = self.get_base_layer()
+        return base.weight if getattr(base, "weight", None) is not None else base.qweight
+
+    def _on_meta(self) -> bool:
+        """Whether there are no numbers yet, or none here because the base layer is offloaded."""
+        tensors = [self._weight(), *self.neva_shift.values()]
+        return any(tensor.device.type == "meta" for tensor in tensors) and not hasattr(self.base_layer, "_hf_hook")
+
+    def _is_plain(self) -> bool:
+        """Whether the base layer is a linear map whose weight can be read: not quantized, wrapped or offloaded."""
+        if type(self.base_layer) not in (nn.Linear, Conv1D):
+            return False
+        weight = self.base_layer.weight
+        plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+        return plain and weight.is_floating_point() and weight.device.type != "meta"
+
+    def _can_fuse(self) -> bool:
+        # Hooks on the base layer would be passed by when its matmul is made here.
+        base = self.base_layer
+        hooked = bool(base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+        return type(base) is nn.Linear and self._is_plain() and not hooked
+
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in what dtype the base layer computes."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            hook = getattr(self.base_layer, "_hf_hook", None)
+            device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            dtype = torch.float16 if device.type == "cuda" else torch.float32
+        return device, dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own casts to the base layer's dtype as well; shifts are small and folded once, so they stay float32.
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if target is None or target.type == "meta":
+            return
+        for name in (*self.adapter_layer_names, "neva_index"):
+            tensors = getattr(self, name)
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(target)
+
+    def __repr__(self) -> str:
+        return "neva." + super().__repr__()
+
+
+def layer_sizes(base_layer: nn.Module) -> tuple[int, int]:
+    """The numbers of input and output features of a down projection.
+
+    Args:
+        base_layer (`nn.Module`): Linear, Conv1D, a quantized one, or one wrapped by another adapter.
+
+    Returns:
+        `tuple[int, int]`: (d_ff, hidden).
+
+    Raises:
+        `NeVAError`: If the module does not tell.
+
+    Example:
+
+    ```py
+    >>> from torch import nn
+    >>> from neva_hf.layer import layer_sizes
+    >>> layer_sizes(nn.Linear(64, 16))
+    (64, 16)
+    ```
+    """
+    while hasattr(base_layer, "base_layer"):
+        base_layer = base_layer.base_layer
+    if isinstance(base_layer, Conv1D):
+        return base_layer.weight.shape[0], base_layer.weight.shape[1]
+    for inputs, outputs in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        if hasattr(base_layer, inputs) and hasattr(base_layer, outputs):
+            return int(getattr(base_layer, inputs)), int(getattr(base_layer, outputs))
+    raise NeVAError(
+        f"{type(base_layer).__name__} does not tell its numbers of input and output features, so its inputs cannot be "
+        "edited. `target_modules` must name FFN down projections (linear layers)."
+    )
+
+
+def _version(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Changes whenever the tensor is replaced, moved, cast or written to."""
+    address = tensor.data_ptr() if type(tensor.data) is torch.Tensor else 0
+    written = 0 if tensor.is_inference() else tensor._version
+    return id(tensor), address, written, tensor.device, tensor.dtype

@@ -1,0 +1,129 @@
+"""Tiny random models of every architecture that is tested, and maps for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from neva_hf import NeuronMap, NeVAConfig
+from neva_hf.architectures import describe_base, find_down_projections
+from neva_hf.layer import layer_sizes
+from neva_hf.neuron_map import ModuleEdits
+
+VOCAB, HIDDEN, D_FF, LAYERS = 96, 32, 64, 2
+VALUES = ["benevolence", "power", "security"]
+
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    **_TOKENS,
+}
+_LLAMA_LIKE: dict[str, Any] = {
+    **_COMMON,
+    "intermediate_size": D_FF,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_LLAMA_LIKE),
+    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE),
+    "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE),
+    "mistral": lambda: MistralConfig(**_LLAMA_LIKE, sliding_window=None),
+    "gemma2": lambda: Gemma2Config(**_LLAMA_LIKE, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(**_LLAMA_LIKE, query_pre_attn_scalar=8),
+    "phi3": lambda: Phi3Config(**_LLAMA_LIKE),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_inner=D_FF, **_TOKENS),
+    "opt": lambda: OPTConfig(**_COMMON, ffn_dim=D_FF, word_embed_proj_dim=HIDDEN, max_position_embeddings=128),
+    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=D_FF, max_position_embeddings=128),
+    "falcon": lambda: FalconConfig(**_COMMON, ffn_hidden_size=D_FF, new_decoder_architecture=False),
+    "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=4, **_TOKENS),
+}
+
+ARCHITECTURES = list(CONFIGS)
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny random model in float32, with initial weights large enough for its logits to differ."""
+    config = CONFIGS[architecture]()
+    config.initializer_range = 0.2
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    # Generation that ends early would compare less.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def tiny_mixture() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = MixtralConfig(**_LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def random_map(
+    model: PreTrainedModel,
+    values: list[str] = VALUES,
+    neurons: int = 6,
+    gain: bool = False,
+    gate: bool = False,
+    seed: int = 1,
+    size: float = 0.5,
+    **config: Any,
+) -> NeuronMap:
+    """A map of random edits on random neurons of every down projection of a model."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * size
+
+    modules = {}
+    for name, module in find_down_projections(model).items():
+        d_ff = layer_sizes(module)[0]
+        shape = (len(values), neurons)
+        modules[name] = ModuleEdits(
+            index=torch.randperm(d_ff, generator=generator)[:neurons].to(torch.int32),
+            shift=random(*shape),
+            gain=random(*shape) if gain else None,
+            gate_weight=random(*shape) if gate else None,
+            gate_bias=random(shape[0]) if gate else None,
+        )
+    config.setdefault("base", describe_base(model))
+    return NeuronMap(NeVAConfig(values=values, use_gain=gain, use_gate=gate, **config), modules)
+
+
+def batch(rows: int = 3, tokens: int = 7, padding: str | None = None, seed: int = 2) -> dict[str, torch.Tensor]:
+    """Random token ids; with padding, each row is one token shorter than the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        for row in range(rows):
+            where = slice(0, row) if padding == "left" else slice(tokens - row, tokens)
+            ids[row, where], mask[row, where] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
