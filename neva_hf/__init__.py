@@ -8,9 +8,11 @@ from .base import DEFAULT_BASE, load_base
 from .config import NeVAConfig
 from .dial import dialled, get_strengths, set_strengths
 from .errors import NeVAError
+from .identify import identify_neurons
 from .layer import NeVALayer
 from .model import NeVAModel
 from .neuron_map import NeuronMap
+from .scenarios import Scenario, load_scenarios
 from .tuner import NeVATuner
 from .values import Value, ValueSystem, load_value_system
 
@@ -22,12 +24,15 @@ __all__ = [
     "NeVAModel",
     "NeVATuner",
     "NeuronMap",
+    "Scenario",
     "Value",
     "ValueSystem",
     "__version__",
     "dialled",
     "get_strengths",
+    "identify_neurons",
     "load_base",
+    "load_scenarios",
     "load_value_system",
     "set_strengths",
 ]

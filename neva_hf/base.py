@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -66,8 +65,7 @@ def load_base(
             A model id on the Hub, a folder written by `save_pretrained`, a GGUF file, or a folder with one GGUF file
             in it. `None` is `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`):
-            The type to compute in. `"auto"` is the type that the weights were saved in, and float32 for the default
-            model.
+            The type to compute in. `"auto"` is the type of the saved weights, and float32 for the default model.
         device (`str` or `torch.device`, *optional*):
             Where to put the model; the CPU by default. For several devices pass `device_map` instead.
         revision (`str`, *optional*):
@@ -80,8 +78,7 @@ def load_base(
             Use only what is on this machine already.
         kwargs:
             Passed on to `AutoModelForCausalLM.from_pretrained`, for example `device_map`, `attn_implementation`,
-            `quantization_config`, `gguf_file` (a GGUF inside a Hub repository). `trust_remote_code` is `False` unless
-            passed.
+            `quantization_config`, `gguf_file` (one in a Hub repository). `trust_remote_code` is `False` unless passed.
 
     Returns:
         `tuple`: the [`~transformers.PreTrainedModel`] in eval mode and its
@@ -113,10 +110,14 @@ def load_base(
     path = Path(name).expanduser()
     if name == DEFAULT_BASE and revision is None and not path.exists():
         return _load_default(dtype, hub, kwargs)
-    if path.exists():
+    if name and path.exists():
         folder, gguf = _local(path)
         return _load(name, folder, dtype, {} if gguf is None else {"gguf_file": gguf}, kwargs)
-    _check_repo_id(name_or_path, name)
+    if isinstance(name_or_path, os.PathLike) or name.lower().endswith(".gguf") or not _is_repo_id(name):
+        raise NeVAError(
+            f"There is no folder or file {name!r}, and it is no model id on the Hub (such as {DEFAULT_BASE!r}). Check "
+            "the spelling and the working directory; name a GGUF in a Hub repository with gguf_file=."
+        )
     return _load(name, name, dtype, hub, kwargs)
 
 
@@ -126,22 +127,20 @@ def _load_default(
     """The default model from the first source that has it."""
     dtype = torch.float32 if dtype == "auto" else dtype
     cache_dir, local_files_only = hub["cache_dir"], hub["local_files_only"]
-    cached = all(
-        isinstance(try_to_load_from_cache(DEFAULT_BASE, file, cache_dir=cache_dir), str) for file in _CACHED_FILES
-    )
-    if cached or (not local_files_only and _hub_answers(hub["token"])):
+    found = [try_to_load_from_cache(DEFAULT_BASE, file, cache_dir=cache_dir) for file in _CACHED_FILES]
+    present = [Path(file) for file in found if isinstance(file, str)]
+    snapshot = str(present[0].parent) if len(present) == len(_CACHED_FILES) else None
+    if snapshot or (not local_files_only and _hub_answers(hub["token"])):
+        logger.info("Loading %s from the Hub%s.", DEFAULT_BASE, "'s cache" if snapshot else "")
         try:
-            # What is cached needs no question to the Hub, which may be slow or away.
-            pair = _load(DEFAULT_BASE, DEFAULT_BASE, dtype, {**hub, "local_files_only": cached}, kwargs)
+            # As a folder: by its name, transformers asks the Hub for some files even when told not to.
+            return _load(DEFAULT_BASE, snapshot or DEFAULT_BASE, dtype, {} if snapshot else hub, kwargs)
         except NeVAError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
             logger.warning("Using the embedded copy instead. %s", error)
-        else:
-            logger.info("Loaded %s from the Hub%s.", DEFAULT_BASE, "'s cache" if cached else "")
-            return pair
     folder = embedded_folder(cache_dir, download=not local_files_only)
-    logger.info("Loaded the embedded copy of %s from %s.", DEFAULT_BASE, folder)
+    logger.info("Loading the embedded copy of %s from %s.", DEFAULT_BASE, folder)
     return _load(DEFAULT_BASE, str(folder), dtype, {}, kwargs)
 
 
@@ -211,17 +210,12 @@ def _local(path: Path) -> tuple[str, str | None]:
     )
 
 
-def _check_repo_id(given: str | os.PathLike[str] | None, name: str) -> None:
+def _is_repo_id(name: str) -> bool:
     try:
         validate_repo_id(name)
-        if isinstance(given, str) and not name.lower().endswith(".gguf"):
-            return
     except HFValidationError:
-        pass
-    raise NeVAError(
-        f"There is no folder or file {name!r}, and it is no model id on the Hub (such as {DEFAULT_BASE!r}). Check the "
-        "spelling and the working directory; name a GGUF in a Hub repository with gguf_file=."
-    )
+        return False
+    return True
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -261,19 +255,15 @@ def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         generation.pad_token_id = tokenizer.pad_token_id
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _explained(name: str, error: Exception) -> NeVAError:
     """What a loading error of transformers or the Hub means for the person who asked for `name`."""
-    kinds = tuple(type(cause) for cause in _causes(error))
-    text = str(error)
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    text = " ".join(str(error).split())
 
     def caused_by(*types: type[BaseException]) -> bool:
-        return any(issubclass(kind, types) for kind in kinds)
+        return any(isinstance(cause, types) for cause in causes)
 
     # The order matters: a gated repository is a kind of missing one, and a missing one may look like no network.
     if caused_by(GatedRepoError):
@@ -282,7 +272,7 @@ def _explained(name: str, error: Exception) -> NeVAError:
         todo = "it has no such revision. Check revision= against the branches and tags of the repository."
     elif caused_by(RepositoryNotFoundError):
         todo = "the Hub has no such model, or it is private. Check the spelling; for a private one pass token=."
-    elif caused_by(OfflineModeIsEnabled):
+    elif caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         todo = "it is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or give a local folder."
     elif caused_by(LocalEntryNotFoundError):
         todo = (
@@ -293,13 +283,17 @@ def _explained(name: str, error: Exception) -> NeVAError:
         todo = "it brings its own code. If you trust its authors, pass trust_remote_code=True."
     elif "Unrecognized configuration class" in text:
         todo = f"it is no causal language model. Expected one that generates text, such as {DEFAULT_BASE}."
+    elif "Should have a `model_type` key" in text:
+        todo = (
+            "it has no config.json that names its kind. If it is a repository of GGUF files, name one with gguf_file=."
+        )
     elif isinstance(error, ImportError):
-        todo = f"a package is missing: {text.strip()}"
+        todo = f"a package is missing: {text}"
     elif caused_by(EntryNotFoundError):
-        todo = f"a file is missing in its repository: {text.strip()}"
+        todo = f"a file is missing in its repository: {text}"
     else:
         todo = (
-            f"{text.strip() or type(error).__name__} (a file may be missing or damaged, or this version of "
+            f"{text or type(error).__name__} (a file may be missing or damaged, or this version of "
             "transformers may be too old for it)"
         )
     return NeVAError(f"The base model {name!r} could not be loaded: {todo}")

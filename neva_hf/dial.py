@@ -69,9 +69,7 @@ def value_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for config in active_configs(model).values() for name in config.values))
 
 
-def tables_for(
-    model: nn.Module, strengths: RowStrengths | None, rows: int | None = None
-) -> dict[str, torch.Tensor]:
+def tables_for(model: nn.Module, strengths: RowStrengths | None, rows: int | None = None) -> dict[str, torch.Tensor]:
     """Checks strengths against the active adapters of a model.
 
     A value that several active adapters know is dialled in all of them.

@@ -93,7 +93,9 @@ class NeVAModel(PeftModelForCausalLM):
         if isinstance(base_or_map, nn.Module):
             return cls.from_map(base_or_map, source, adapter_name)
         if source.base_model is None:
-            raise NeVAError("The neuron map does not name its base model: load that first, and pass it before the map.")
+            raise NeVAError(
+                "The neuron map does not name its base model: load that first, and pass it before the map."
+            )
         base, tokenizer = load_base(source.base_model, revision=source.config.revision, **hub, **base_kwargs)
         model = cls.from_map(base, source, adapter_name)
         model.tokenizer = tokenizer

@@ -378,7 +378,9 @@ def read_modules(path: str | os.PathLike[str], config: NeVAConfig) -> dict[str, 
                     raise NeVAError(f"{key} must be {wanted}, got {file.get_slice(key).get_dtype()}.")
                 found.setdefault(module.removeprefix(PREFIX), {})[tensor] = file.get_tensor(key)
     except SafetensorError as error:
-        raise NeVAError(f"{path.name} is not a sound safetensors file ({error}); the neuron map is damaged.") from error
+        raise NeVAError(
+            f"{path.name} is not a sound safetensors file ({error}); the neuron map is damaged."
+        ) from error
     for module, tensors in found.items():
         missing = [key for key in ("index", "shift") if key not in tensors]
         if missing:

@@ -52,7 +52,7 @@ def format_prompt(
     >>> from neva_hf.base import load_base
     >>> from neva_hf.prompts import format_prompt
     >>> model, tokenizer = load_base()
-    >>> format_prompt(tokenizer, "What now?")[-57:]
+    >>> format_prompt(tokenizer, "What now?")[-59:]
     '<|im_start|>user\\nWhat now?<|im_end|>\\n<|im_start|>assistant\\n'
     ```
     """

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import dial
 from .architectures import check_base, find_down_projections, refuse_experts
-from .config import NevaType, NeVAConfig
+from .config import NeVAConfig, NevaType
 from .layer import NeVALayer
 from .strengths import RowStrengths, Strengths
 

@@ -568,7 +568,7 @@ def test_errors_from_a_file_name_the_file_and_the_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file_name", "text", "message"),
     [
-        ("a.json", '{\n"name": "a",\n}', "line 3 is not valid JSON: "),
+        ("a.json", '{\n"name": "a",\n"label": }', "line 3 is not valid JSON: "),
         ("a.json", "", "line 1 is not valid JSON: "),
         ("a.json", '{"name": "a", "name": "b"}', "a JSON object has 'name' more than once"),
         ("a.json", "[" * 100_000, "cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from neva_hf import NeuronMap, NeVAConfig
+from neva_hf import NeuronMap, NeVAConfig, NeVAModel
 from neva_hf.architectures import describe_base, find_down_projections
 from neva_hf.layer import layer_sizes
 from neva_hf.neuron_map import ModuleEdits
@@ -127,3 +128,19 @@ def batch(rows: int = 3, tokens: int = 7, padding: str | None = None, seed: int 
             where = slice(0, row) if padding == "left" else slice(tokens - row, tokens)
             ids[row, where], mask[row, where] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_pair(
+    architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **map_options: Any
+) -> tuple[PreTrainedModel, NeVAModel, NeuronMap]:
+    """An untouched base model, its twin with a random map on it, and the map."""
+    base, twin = (tiny_model(architecture, seed).to(dtype) for _ in range(2))
+    neuron_map = random_map(base, **map_options)
+    return base, neuron_map.apply_to(twin), neuron_map
+
+
+def add_map(model: NeVAModel, neuron_map: NeuronMap, adapter_name: str) -> None:
+    """Loads one more map into a model, by the way of PEFT."""
+    with tempfile.TemporaryDirectory() as folder:
+        neuron_map.save_pretrained(folder)
+        model.load_adapter(folder, adapter_name)

@@ -1,0 +1,237 @@
+"""The `neva` command.
+
+Everything that is shown goes through a rich console; with `--json`, standard output holds one JSON document and words
+go to standard error. Exit codes: 0 done, 1 something given cannot be used, 2 a wrong option, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError:  # pragma: no cover - said by `main`
+    typer = None  # type: ignore[assignment]
+
+if typer is not None:
+    app = typer.Typer(
+        name="neva",
+        help="Dial the values of a language model: find the neurons that carry a value, edit them while it runs.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+
+    MapArgument = Annotated[
+        str, typer.Argument(help="A neuron map: a folder, or a repository on the Hugging Face Hub.")
+    ]
+    BaseOption = Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="The base model: a Hub id, a folder or a GGUF file. Default: the one that the map names."
+        ),
+    ]
+    JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
+    SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]
+
+    def _version(wanted: bool) -> None:
+        if wanted:
+            from ._version import __version__
+
+            typer.echo(f"neva-hf {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def _root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def demo(
+        map_source: Annotated[
+            str | None,
+            typer.Option("--map", help="Skip the search and use this map: a folder, or a repository on the Hub."),
+        ] = None,
+        values: Annotated[
+            str, typer.Option(help="Two of Schwartz's ten values, with a comma between.")
+        ] = "benevolence,stimulation",
+        output: Annotated[Path, typer.Option(help="Where the map that is found is saved.")] = Path("neva-demo-map"),
+        as_json: JsonOption = False,
+    ) -> None:
+        """Find two values in a small real model, save them as a map, and hear the answers change.
+
+        Takes some minutes on two cores, needs no GPU and no login.
+        """
+        from .console import errors_in_one_line, make_console, quiet_libraries
+        from .demo import run_demo
+
+        console = make_console(as_json)
+        quiet_libraries()
+        with errors_in_one_line(make_console(True)):
+            shown = run_demo(console, map_source=map_source, values=_names(values), output=output)
+        if as_json:
+            typer.echo(json.dumps(shown, indent=2))
+
+    @app.command()
+    def identify(
+        output: Annotated[Path, typer.Argument(help="The folder to save the neuron map in.")],
+        base: Annotated[
+            str | None,
+            typer.Option(
+                help="The model to search: a Hub id, a folder or a GGUF file. Default: SmolLM2-135M-Instruct."
+            ),
+        ] = None,
+        scenarios: Annotated[
+            str, typer.Option(help="What to search with: 'schwartz', a JSON Lines file, or a folder with train.jsonl.")
+        ] = "schwartz",
+        values: Annotated[
+            str | None, typer.Option(help="Which values, with commas between. Default: all that the scenarios hold.")
+        ] = None,
+        value_system: Annotated[
+            str | None,
+            typer.Option(
+                help="Definitions to go with the map: a shipped system such as schwartz10, or a JSON/YAML file."
+            ),
+        ] = None,
+        neurons: Annotated[int, typer.Option(min=1, help="How many neurons per value.")] = 200,
+        score: Annotated[str, typer.Option(help="How neurons are scored.")] = "attribution",
+        limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many scenarios.")] = None,
+        target_kl: Annotated[
+            float, typer.Option(help="KL divergence from the base model at strength 1, in nats per token.")
+        ] = 0.05,
+        device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a map that is there already.")] = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Find the neurons of values in a model, and save them as a neuron map."""
+        from .base import load_base
+        from .console import (
+            errors_in_one_line,
+            make_console,
+            map_summary,
+            quiet_libraries,
+            show_progress,
+            values_table,
+        )
+        from .errors import NeVAError
+        from .identify import identify_neurons
+        from .scenarios import load_scenarios
+        from .values import load_value_system
+
+        console = make_console(as_json)
+        quiet_libraries()
+        with errors_in_one_line(make_console(True)):
+            # What is wrong is said before the long work, not after it.
+            if output.exists() and not output.is_dir():
+                raise NeVAError(f"{output} is a file; name a folder for the neuron map.")
+            if (output / "adapter_config.json").exists() and not overwrite:
+                raise NeVAError(f"There is an adapter in {output} already; use --overwrite to replace it.")
+            found = load_scenarios(scenarios, "train", limit=limit)
+            system = value_system or ("schwartz10" if scenarios == "schwartz" else None)
+            definitions = load_value_system(system) if system else None
+            model, tokenizer = load_base(base, device=device)
+            neuron_map = identify_neurons(
+                model,
+                tokenizer,
+                found,
+                values=_names(values) if values else None,
+                neurons=neurons,
+                score=score,
+                target_kl=target_kl,
+                value_system=definitions,
+                progress=show_progress(console),
+            )
+            neuron_map.save_pretrained(output)
+        console.print(values_table(neuron_map))
+        console.print(f"Saved to {output}. Try it with: neva chat {output}", markup=False)
+        if as_json:
+            typer.echo(json.dumps(map_summary(neuron_map), indent=2))
+
+    @app.command()
+    def chat(
+        neuron_map: MapArgument,
+        base: BaseOption = None,
+        settings: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="A dial to begin with, such as --set benevolence=1.5. May repeat."),
+        ] = None,
+        max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
+        temperature: Annotated[
+            float, typer.Option(min=0.0, help="0 for the likeliest words, above 0 to sample.")
+        ] = 0.0,
+        seed: SeedOption = 0,
+    ) -> None:
+        """Chat with a model, and turn its dials while you do: /set benevolence 1.5, /values, /compare."""
+        from .chat import chat as talk
+        from .console import errors_in_one_line, make_console, parse_settings, quiet_libraries
+
+        console = make_console()
+        quiet_libraries()
+        with errors_in_one_line(make_console(True)):
+            strengths = parse_settings(settings or [])
+            model, tokenizer = _load(neuron_map, base)
+            talk(
+                console,
+                model,
+                tokenizer,
+                lambda: console.input("[bold cyan]you>[/] ") if sys.stdin.isatty() else _piped_line(),
+                strengths=strengths,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+
+    @app.command()
+    def inspect(neuron_map: MapArgument, as_json: JsonOption = False) -> None:
+        """Show what is in a neuron map: values, neurons per layer, ranges, where it came from. Loads no model."""
+        from .console import errors_in_one_line, layers_table, make_console, map_summary, quiet_libraries, values_table
+        from .neuron_map import NeuronMap
+
+        console = make_console(as_json)
+        quiet_libraries()
+        with errors_in_one_line(make_console(True)):
+            found = NeuronMap.from_pretrained(neuron_map)
+        if as_json:
+            typer.echo(json.dumps(map_summary(found), indent=2))
+            return
+        console.print(f"Neuron map of {found.base_model or 'an unnamed base model'}", markup=False, style="bold")
+        console.print(values_table(found))
+        console.print(layers_table(found))
+        for title, content in (("Made by", found.config.provenance), ("Base model", found.config.base or {})):
+            console.print(f"[bold]{title}[/]")
+            for key, item in content.items():
+                console.print(f"  {key}: {item}", markup=False)
+
+    def _piped_line() -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    def _load(neuron_map: str, base: str | None) -> tuple[Any, Any]:
+        from .base import load_base
+        from .model import NeVAModel
+
+        if base is None:
+            model = NeVAModel.from_pretrained(neuron_map)
+            return model, model.tokenizer
+        loaded, tokenizer = load_base(base)
+        return NeVAModel.from_pretrained(loaded, neuron_map), tokenizer
+
+    def _names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def main() -> None:
+    """The entry point of `neva`."""
+    if typer is None:
+        sys.stderr.write("Error: the command line needs two more packages: pip install 'neva-hf[cli]'\n")
+        raise SystemExit(1)
+    app()

@@ -1,0 +1,23 @@
+"""From scenarios to a neuron map: collect, score, select, calibrate."""
+
+from .calibrate import TARGET_KL, Calibration, calibrate
+from .collect import collect
+from .pipeline import identify_neurons
+from .score import SCORES, Scored, attribution
+from .select import build_map, middle_layers, top_neurons
+from .statistics import Statistics
+
+__all__ = [
+    "SCORES",
+    "TARGET_KL",
+    "Calibration",
+    "Scored",
+    "Statistics",
+    "attribution",
+    "build_map",
+    "calibrate",
+    "collect",
+    "identify_neurons",
+    "middle_layers",
+    "top_neurons",
+]

@@ -1,0 +1,140 @@
+"""One pass over scenarios: every neuron's activation in each reply, and what shifting it would do to that reply.
+
+A reply's gradient comes from a probe: a vector of zeros per reply, added to a layer's activations at all the reply's
+tokens. The derivative of the reply's log-probability with respect to it is that of a constant shift, summed over the
+tokens by autograd, so there is nothing per token to keep. All replies of a scenario go through together, after their
+prompt was run once; one backward pass serves every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from neva_hf.architectures import find_down_projections
+from neva_hf.errors import NeVAError
+from neva_hf.layer import layer_sizes
+from neva_hf.measure import EncodedScenario, Progress, contrast, encode, no_progress, reply_log_probs
+from neva_hf.scenarios import Scenario
+
+from .statistics import Statistics
+
+
+@dataclass
+class _Taps:
+    """What the hooks share with the loop while one scenario runs."""
+
+    mask: torch.Tensor | None = None
+    probes: dict[int, torch.Tensor] = field(default_factory=dict)
+    means: dict[int, torch.Tensor] = field(default_factory=dict)
+    sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    squares: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def _tapped(modules: Sequence[nn.Module]) -> Iterator[_Taps]:
+    taps = _Taps()
+
+    def hook(layer: int, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if taps.mask is None or not torch.is_grad_enabled():
+            return None
+        (x,) = inputs
+        replies, tokens = taps.mask.shape
+        # Some models flatten batch and tokens.
+        rows = x.reshape(replies, tokens, -1)
+        mask = taps.mask[:, :, None].to(rows.dtype)
+        own = rows.detach() * mask
+        taps.means[layer] = own.sum(1).float() / mask.sum(1).float()
+        taps.sums[layer] = own.sum((0, 1)).double()
+        taps.squares[layer] = own.float().square().sum((0, 1)).double()
+        probe = torch.zeros(replies, 1, rows.shape[2], device=x.device, dtype=torch.float32, requires_grad=True)
+        taps.probes[layer] = probe
+        return ((rows + probe.to(rows.dtype)).reshape(x.shape),)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs))
+        for layer, module in enumerate(modules)
+    ]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    scenarios: Sequence[Scenario],
+    values: Sequence[str],
+    *,
+    progress: Progress[Scenario] = no_progress,
+) -> Statistics:
+    """Runs the pass.
+
+    Args:
+        model (`nn.Module`): The base model, a causal language model of transformers without adapters.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        scenarios (`Sequence[Scenario]`): The scenarios.
+        values (`Sequence[str]`): The values to keep sums for. Replies of other values take part as those that they are
+            held against.
+        progress ([`Progress`]): Shows how far it is.
+
+    Returns:
+        [`Statistics`]: The sums.
+
+    Raises:
+        `NeVAError`: If no scenario contrasts one of the values, or the model's layers differ in size.
+    """
+    modules = find_down_projections(model)
+    sizes = sorted({layer_sizes(module)[0] for module in modules.values()})
+    if len(sizes) > 1:
+        raise NeVAError(
+            f"The FFNs of this model have different sizes ({sizes}), which identification does not handle yet."
+        )
+    statistics = Statistics.zeros(list(values), list(modules), sizes[0])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with _tapped(list(modules.values())) as taps:
+            for scenario in progress(scenarios, "scenarios"):
+                _add_scenario(model, encode(tokenizer, scenario), taps, statistics)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    unheard = [value for value, count in zip(values, statistics.count.tolist(), strict=True) if count == 0]
+    if unheard:
+        raise NeVAError(
+            f"No scenario contrasts {', '.join(unheard)} with another reply: their replies must stand in `replies` of "
+            "some scenarios, beside others."
+        )
+    return statistics
+
+
+def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, statistics: Statistics) -> None:
+    weights = [contrast(encoded.keys, value) for value in statistics.values]
+    rows = [number for number, row in enumerate(weights) if row is not None]
+    if not rows:
+        return
+    # The last token of a reply is told by the one before it and runs through nothing itself.
+    device = next(model.parameters()).device
+    taps.mask = (encoded.mask[:, 1:] if encoded.mask.shape[1] > 1 else encoded.mask).to(device)
+    with torch.enable_grad():
+        log_probs = reply_log_probs(model, encoded)
+        probes = [taps.probes[layer] for layer in range(len(statistics.modules))]
+        gradients = torch.autograd.grad(log_probs.sum(), probes)
+    taps.mask = None
+    table = torch.tensor([weights[number] for number in rows], dtype=torch.float64)
+    for layer, gradient in enumerate(gradients):
+        statistics.gradient[rows, layer] += table @ gradient[:, 0].double().cpu()
+        statistics.difference[rows, layer] += table @ taps.means[layer].double().cpu()
+        statistics.mean[layer] += taps.sums[layer].cpu()
+        statistics.square[layer] += taps.squares[layer].cpu()
+    statistics.count[rows] += 1
+    statistics.tokens += float(encoded.mask[:, 1:].sum())

@@ -1,0 +1,140 @@
+"""The whole identification in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from neva_hf._version import __version__
+from neva_hf.architectures import describe_base
+from neva_hf.config import NeVAConfig, check_value_names
+from neva_hf.dial import neva_layers
+from neva_hf.errors import NeVAError
+from neva_hf.measure import Progress, no_progress
+from neva_hf.model import NeVAModel
+from neva_hf.neuron_map import NeuronMap
+from neva_hf.scenarios import Scenario, load_neutral_texts, load_scenarios, scenario_values, scenarios_hash
+from neva_hf.values import ValueSystem
+
+from .calibrate import TARGET_KL, calibrate
+from .collect import collect
+from .score import SCORES, Scored
+from .select import build_map, middle_layers, top_neurons
+from .statistics import Statistics
+
+
+def identify_neurons(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    scenarios: Sequence[Scenario] | None = None,
+    *,
+    values: Sequence[str] | None = None,
+    neurons: int = 200,
+    score: str | Callable[[Statistics], Scored] = "attribution",
+    layers: Sequence[int] | None = None,
+    neutral_texts: Sequence[str] | None = None,
+    target_kl: float = TARGET_KL,
+    value_system: ValueSystem | None = None,
+    progress: Progress[Any] = no_progress,
+) -> NeuronMap:
+    """Finds the neurons that carry values in a model, and calibrates their edits.
+
+    One pass over the scenarios serves all values. The model is not changed.
+
+    Args:
+        model (`nn.Module`): A causal language model of transformers, without adapters.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        scenarios (`Sequence[Scenario]`, *optional*): What to find values in; the shipped ones when `None`.
+        values (`Sequence[str]`, *optional*): Which values; all that the scenarios contrast when `None`.
+        neurons (`int`): How many neurons per value.
+        score (`str` or callable): The name of a score (`"attribution"`), or a function from statistics to scores.
+        layers (`Sequence[int]`, *optional*): The layers that take part; from 20% to 95% of the depth when `None`.
+        neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
+        target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.
+        value_system ([`ValueSystem`], *optional*): The definitions of the values, to go with the map.
+        progress ([`Progress`]): Shows how far it is.
+
+    Returns:
+        [`NeuronMap`]: Calibrated: strengths +1 and -1 cost `target_kl`.
+
+    Raises:
+        `NeVAError`: If the scenarios do not contrast the values, or the model is of a kind that cannot be edited.
+
+    Example:
+
+    ```py
+    >>> from neva_hf import identify_neurons, load_base
+    >>> model, tokenizer = load_base()  # doctest: +SKIP
+    >>> neuron_map = identify_neurons(model, tokenizer, values=["benevolence", "power"])  # doctest: +SKIP
+    >>> neuron_map.save_pretrained("my-map")  # doctest: +SKIP
+    ```
+    """
+    if neva_layers(model):
+        raise NeVAError("The model has a neuron map loaded already: identify on its base model (model.unload()).")
+    started = time.time()
+    scenarios = load_scenarios() if scenarios is None else list(scenarios)
+    values = check_value_names(list(scenario_values(scenarios) if values is None else values))
+    texts = load_neutral_texts() if neutral_texts is None else list(neutral_texts)
+    if isinstance(score, str) and score not in SCORES:
+        raise NeVAError(f"There is no score {score!r}: choose one of {sorted(SCORES)}, or pass a function.")
+    scoring = SCORES[score] if isinstance(score, str) else score
+
+    statistics = collect(model, tokenizer, scenarios, values, progress=progress)
+    scored = scoring(statistics)
+    layers = middle_layers(len(statistics.modules)) if layers is None else list(layers)
+    chosen = top_neurons(scored.score, neurons, layers)
+    config = NeVAConfig(
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+        values=values,
+        base=describe_base(model),
+        value_system=None if value_system is None else value_system.to_dict(),
+        provenance={
+            "method": "neva",
+            "score": score if isinstance(score, str) else getattr(score, "__name__", "function"),
+            "neurons": neurons,
+            "layers": layers,
+            "target_kl": target_kl,
+            "scenarios": len(scenarios),
+            "scenarios_sha256": scenarios_hash(scenarios),
+            "neutral_texts": len(texts),
+            "versions": {
+                "neva_hf": __version__,
+                "peft": peft.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        },
+    )
+    neuron_map = build_map(scored, chosen, statistics.modules, config)
+    return calibrated(model, tokenizer, neuron_map, texts, target_kl=target_kl, progress=progress, started=started)
+
+
+def calibrated(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    neuron_map: NeuronMap,
+    texts: Sequence[str],
+    *,
+    target_kl: float = TARGET_KL,
+    progress: Progress[Any] = no_progress,
+    started: float | None = None,
+) -> NeuronMap:
+    """The same map with units, ranges and measurements found on some texts. The model is left as it was."""
+    edited = NeVAModel.from_map(model, neuron_map)
+    try:
+        found = calibrate(edited, tokenizer, texts, target_kl=target_kl, progress=progress)
+    finally:
+        edited.unload()
+    measurements: dict[str, Any] = {"calibration": found.measured}
+    if started is not None:
+        measurements["seconds"] = round(time.time() - started, 1)
+    config = replace(neuron_map.config, units=found.units, ranges=found.ranges, measurements=measurements)
+    return NeuronMap(config, neuron_map.modules)

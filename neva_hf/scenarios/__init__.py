@@ -1,0 +1,23 @@
+"""Contrastive scenarios: a question with several replies, each living by another value. And neutral text."""
+
+from .loader import (
+    NEUTRAL_SPLITS,
+    SCENARIO_SETS,
+    SPLITS,
+    Scenario,
+    load_neutral_texts,
+    load_scenarios,
+    scenario_values,
+    scenarios_hash,
+)
+
+__all__ = [
+    "NEUTRAL_SPLITS",
+    "SCENARIO_SETS",
+    "SPLITS",
+    "Scenario",
+    "load_neutral_texts",
+    "load_scenarios",
+    "scenario_values",
+    "scenarios_hash",
+]
