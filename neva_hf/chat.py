@@ -65,8 +65,8 @@ def chat(
     Returns:
         [`ChatState`]: How it ended.
     """
+    parse_strengths(strengths, model.values)
     state = ChatState(strengths={name: s for name, s in (strengths or {}).items() if s != 0})
-    parse_strengths(state.strengths, model.values)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     console.print(HELP, style="dim")
     while True:
@@ -124,7 +124,9 @@ def _command(
         question = rest or state.last_question
         if not question:
             raise NeVAError("There is no question to compare yet: type one, or /compare QUESTION.")
-        history = state.history[:-1] if not rest and state.history else state.history
+        # The last question is not its own history (and never was, if its answer was stopped).
+        answered = state.history and state.history[-1][0] == question
+        history = state.history[:-1] if answered and not rest else state.history
         base, edited = answers(model, tokenizer, question, [{}, state.strengths], history=history, **options)
         console.print("[bold]base model[/]")
         console.print(base, markup=False)

@@ -122,6 +122,7 @@ if typer is not None:
         )
         from .errors import NeVAError
         from .identify import identify_neurons
+        from .identify.calibrate import check_target_kl
         from .scenarios import load_scenarios
         from .values import load_value_system
 
@@ -133,6 +134,7 @@ if typer is not None:
                 raise NeVAError(f"{output} is a file; name a folder for the neuron map.")
             if (output / "adapter_config.json").exists() and not overwrite:
                 raise NeVAError(f"There is an adapter in {output} already; use --overwrite to replace it.")
+            check_target_kl(target_kl)
             found = load_scenarios(scenarios, "train", limit=limit)
             system = value_system or ("schwartz10" if scenarios == "schwartz" else None)
             definitions = load_value_system(system) if system else None
@@ -150,7 +152,7 @@ if typer is not None:
             )
             neuron_map.save_pretrained(output)
         console.print(values_table(neuron_map))
-        console.print(f"Saved to {output}. Try it with: neva chat {output}", markup=False)
+        console.print(f"Saved to {output}. Try it with: neva chat {output}", markup=False, soft_wrap=True)
         if as_json:
             typer.echo(json.dumps(map_summary(neuron_map), indent=2))
 
@@ -176,7 +178,7 @@ if typer is not None:
         quiet_libraries()
         with errors_in_one_line(make_console(True)):
             strengths = parse_settings(settings or [])
-            model, tokenizer = _load(neuron_map, base)
+            model, tokenizer = _load(neuron_map, base, strengths)
             talk(
                 console,
                 model,
@@ -191,23 +193,32 @@ if typer is not None:
     @app.command()
     def inspect(neuron_map: MapArgument, as_json: JsonOption = False) -> None:
         """Show what is in a neuron map: values, neurons per layer, ranges, where it came from. Loads no model."""
-        from .console import errors_in_one_line, layers_table, make_console, map_summary, quiet_libraries, values_table
+        from .console import (
+            errors_in_one_line,
+            layers_table,
+            make_console,
+            map_summary,
+            printable,
+            quiet_libraries,
+            values_table,
+        )
         from .neuron_map import NeuronMap
 
         console = make_console(as_json)
         quiet_libraries()
         with errors_in_one_line(make_console(True)):
             found = NeuronMap.from_pretrained(neuron_map)
-        if as_json:
-            typer.echo(json.dumps(map_summary(found), indent=2))
-            return
-        console.print(f"Neuron map of {found.base_model or 'an unnamed base model'}", markup=False, style="bold")
-        console.print(values_table(found))
-        console.print(layers_table(found))
-        for title, content in (("Made by", found.config.provenance), ("Base model", found.config.base or {})):
-            console.print(f"[bold]{title}[/]")
-            for key, item in content.items():
-                console.print(f"  {key}: {item}", markup=False)
+            if as_json:
+                typer.echo(json.dumps(map_summary(found), indent=2))
+                return
+            title = f"Neuron map of {printable(found.base_model or 'an unnamed base model')}"
+            console.print(title, markup=False, style="bold", soft_wrap=True)
+            console.print(values_table(found))
+            console.print(layers_table(found))
+            for title, content in (("Made by", found.config.provenance), ("Base model", found.config.base or {})):
+                console.print(f"[bold]{title}[/]")
+                for key, item in content.items():
+                    console.print(f"  {printable(key)}: {printable(item)}", markup=False, soft_wrap=True)
 
     def _piped_line() -> str:
         line = sys.stdin.readline()
@@ -215,15 +226,20 @@ if typer is not None:
             raise EOFError
         return line
 
-    def _load(neuron_map: str, base: str | None) -> tuple[Any, Any]:
+    def _load(source: str, base: str | None, strengths: dict[str, float]) -> tuple[Any, Any]:
         from .base import load_base
         from .model import NeVAModel
+        from .neuron_map import NeuronMap
+        from .strengths import parse_strengths
 
+        # What is wrong with the map or the dials is said before a large model is loaded.
+        neuron_map = NeuronMap.from_pretrained(source)
+        parse_strengths(strengths, neuron_map.values)
         if base is None:
-            model = NeVAModel.from_pretrained(neuron_map)
+            model = NeVAModel.from_pretrained(source)
             return model, model.tokenizer
         loaded, tokenizer = load_base(base)
-        return NeVAModel.from_pretrained(loaded, neuron_map), tokenizer
+        return NeVAModel.from_map(loaded, neuron_map), tokenizer
 
     def _names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]

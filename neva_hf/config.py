@@ -8,7 +8,6 @@ from strangers' repositories, so every field is checked when it is made.
 from __future__ import annotations
 
 import enum
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +17,12 @@ from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .errors import NeVAError
+from .strengths import MAX_STRENGTH
 
 MAX_VALUES = 256
 MAX_NEURONS_PER_MODULE = 1 << 20
+# Beyond it float32 knows no finite logit that could be reached for.
+MAX_GATE_PROBABILITY = 0.999999
 
 # `gate` is a keyword of the calls that also take values by name, so no value may have that name.
 RESERVED_NAMES = frozenset({"gate"})
@@ -70,6 +72,10 @@ def check_value_names(values: Any) -> list[str]:
     return list(values)
 
 
+def _is_number(number: Any, low: float, high: float) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
+
+
 def _check_pairs(field_name: str, pairs: Any, values: list[str], low: float, high: float) -> dict[str, list[float]]:
     """Checks a mapping value -> [negative side, positive side]."""
     if not isinstance(pairs, Mapping):
@@ -78,10 +84,7 @@ def _check_pairs(field_name: str, pairs: Any, values: list[str], low: float, hig
     for name, pair in pairs.items():
         if name not in values:
             raise NeVAError(f"`{field_name}` names {name!r:.80}, which is not one of this map's values {values}.")
-        numbers = isinstance(pair, (list, tuple)) and all(
-            isinstance(number, (int, float)) and not isinstance(number, bool) for number in pair
-        )
-        if not numbers or len(pair) != 2 or not all(low <= number <= high for number in pair):
+        if not isinstance(pair, (list, tuple)) or [_is_number(number, low, high) for number in pair] != [True, True]:
             raise NeVAError(
                 f"`{field_name}[{name!r}]` must be two numbers between {low:g} and {high:g}, got {pair!r:.80}."
             )
@@ -167,14 +170,18 @@ class NeVAConfig(PeftConfig):
         self.peft_type = NevaType.NEVA  # type: ignore[assignment]
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
-        if isinstance(self.target_modules, (list, tuple, set)):
-            self.target_modules = sorted(self.target_modules)
+        self._check_target_modules()
         self.values = check_value_names(self.values)
         self.neurons = self._checked_neurons()
-        if not 0.5 <= self.gate_probability < 1:
-            raise NeVAError(f"`gate_probability` must be at least 0.5 and below 1, got {self.gate_probability!r}.")
-        self.units = _check_pairs("units", self.units, self.values, 0.0, 1e6)
-        self.ranges = _check_pairs("ranges", self.ranges, self.values, -1e6, 1e6)
+        for name in ("use_gain", "use_gate"):
+            if not isinstance(getattr(self, name), bool):
+                raise NeVAError(f"`{name}` must be True or False, got {getattr(self, name)!r:.80}.")
+        if not _is_number(self.gate_probability, 0.5, MAX_GATE_PROBABILITY):
+            raise NeVAError(
+                f"`gate_probability` must be between 0.5 and {MAX_GATE_PROBABILITY}, got {self.gate_probability!r:.80}."
+            )
+        self.units = _check_pairs("units", self.units, self.values, 0.0, MAX_STRENGTH)
+        self.ranges = _check_pairs("ranges", self.ranges, self.values, -MAX_STRENGTH, MAX_STRENGTH)
         for name, (lowest, highest) in self.ranges.items():
             if lowest > 0 or highest < 0:
                 raise NeVAError(f"`ranges[{name!r}]` must hold 0 between its ends, got [{lowest:g}, {highest:g}].")
@@ -182,11 +189,36 @@ class NeVAConfig(PeftConfig):
         for name in ("provenance", "measurements"):
             if not isinstance(getattr(self, name), Mapping):
                 raise NeVAError(f"`{name}` must be a dictionary, got {type(getattr(self, name)).__name__}.")
+        for name in ("base_model_name_or_path", "revision"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise NeVAError(f"`{name}` must be a text or None, got {type(getattr(self, name)).__name__}.")
         for name in ("value_system", "base"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), Mapping):
                 raise NeVAError(f"`{name}` must be a dictionary or None, got {type(getattr(self, name)).__name__}.")
 
+    def _check_target_modules(self) -> None:
+        if isinstance(self.target_modules, (list, tuple, set)):
+            if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
+                raise NeVAError(f"`target_modules` must hold names of modules, got {self.target_modules!r:.80}.")
+            self.target_modules = sorted(self.target_modules)
+        elif isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise NeVAError(
+                    f"`target_modules` is one text, {self.target_modules!r:.80}, which must be a regular expression "
+                    f"({error}). Give a list for names."
+                ) from error
+        elif self.target_modules is not None:
+            raise NeVAError(
+                "`target_modules` must be a list of module names, a regular expression or None, got "
+                f"{type(self.target_modules).__name__}."
+            )
+
     def _checked_neurons(self) -> int | dict[str, int]:
+        named = isinstance(self.neurons, Mapping)
+        if named and not (self.neurons and all(isinstance(name, str) and name for name in self.neurons)):
+            raise NeVAError(f"`neurons` must map names of modules to numbers, got {self.neurons!r:.80}.")
         counts = self.neurons.values() if isinstance(self.neurons, Mapping) else [self.neurons]
         for count in counts:
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_NEURONS_PER_MODULE:
@@ -201,8 +233,11 @@ class NeVAConfig(PeftConfig):
         for name, strength in self.default_strengths.items():
             if name not in self.values:
                 raise NeVAError(f"`default_strengths` names {name!r:.80}, not one of this map's values {self.values}.")
-            if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-                raise NeVAError(f"`default_strengths[{name!r}]` must be a finite number, got {strength!r:.80}.")
+            if not _is_number(strength, -MAX_STRENGTH, MAX_STRENGTH):
+                raise NeVAError(
+                    f"`default_strengths[{name!r}]` must be a number between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}, got "
+                    f"{strength!r:.80}."
+                )
 
     def neurons_in(self, module_name: str) -> int:
         """How many neurons are edited in one module.

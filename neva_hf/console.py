@@ -70,7 +70,7 @@ def errors_in_one_line(console: Console) -> Iterator[None]:
     except NeVAError as error:
         if os.environ.get("NEVA_DEBUG"):
             raise
-        console.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}")
+        console.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
         raise SystemExit(1) from None
     except (SystemExit, BrokenPipeError):
         raise
@@ -81,7 +81,8 @@ def errors_in_one_line(console: Console) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [""])[0]
         console.print(
             f"[bold red]Error:[/] {escape(type(error).__name__)}: {escape(first)} "
-            "(NEVA_DEBUG=1 shows where; please report it)"
+            "(NEVA_DEBUG=1 shows where; please report it)",
+            soft_wrap=True,
         )
         raise SystemExit(1) from None
 
@@ -93,20 +94,40 @@ def values_table(neuron_map: NeuronMap) -> Table:
     for heading in ("neurons", "layers", "fluent from", "to", "KL at -1", "KL at +1"):
         table.add_column(heading, justify="right")
     counts = neuron_map.neuron_counts()
-    calibration = neuron_map.config.measurements.get("calibration", {})
     for value in neuron_map.values:
         low, high = neuron_map.config.ranges.get(value, (None, None))
-        sides = calibration.get(value, {}) if isinstance(calibration, Mapping) else {}
-        kls = [sides.get(side, {}).get("kl") for side in ("-1", "+1")]
+        kls = [_measured_kl(neuron_map, value, side) for side in ("-1", "+1")]
         table.add_row(
             value,
             str(sum(counts[value].values())),
             str(len(counts[value])),
             "?" if low is None else f"{low:g}",
             "?" if high is None else f"{high:g}",
-            *("?" if not isinstance(kl, (int, float)) else f"{kl:.3f}" for kl in kls),
+            *("?" if kl is None else f"{kl:.3f}" for kl in kls),
         )
     return table
+
+
+def _measured_kl(neuron_map: NeuronMap, value: str, side: str) -> float | None:
+    found: Any = neuron_map.config.measurements
+    # A stranger's map may hold anything here.
+    for key in ("calibration", value, side, "kl"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, (int, float)) else None
+
+
+def printable(text: object) -> str:
+    """A text from a stranger's file without what a terminal would obey.
+
+    Example:
+
+    ```py
+    >>> from neva_hf.console import printable
+    >>> printable("a\\x1b[2Jb")
+    'a?[2Jb'
+    ```
+    """
+    return "".join(sign if sign.isprintable() else "?" for sign in str(text))
 
 
 def layers_table(neuron_map: NeuronMap, width: int = 30) -> Table:
@@ -118,7 +139,7 @@ def layers_table(neuron_map: NeuronMap, width: int = 30) -> Table:
     sizes = {name: edits.index.numel() for name, edits in neuron_map.modules.items()}
     most = max(sizes.values())
     for name in sorted(sizes, key=natural_order):
-        table.add_row(escape(name), str(sizes[name]), "█" * max(1, round(width * sizes[name] / most)))
+        table.add_row(escape(printable(name)), str(sizes[name]), "█" * max(1, round(width * sizes[name] / most)))
     return table
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .base import load_base
 from .console import show_progress
+from .errors import NeVAError
 from .identify import identify_neurons
 from .measure import damage, margins, scenario_log_probs
 from .model import NeVAModel
@@ -39,13 +40,13 @@ class Effect:
 
     Args:
         strengths (`dict[str, float]`): The setting.
-        margin_shift (`float`): Of the value, nats per token.
+        margin_shift (`float` or `None`): Of the value, nats per token; `None` where the scenarios do not speak of it.
         kl (`float`): KL divergence from the base model, nats per token.
         perplexity_ratio (`float`): Perplexity over the base model's.
     """
 
     strengths: dict[str, float]
-    margin_shift: float
+    margin_shift: float | None
     kl: float
     perplexity_ratio: float
 
@@ -77,6 +78,8 @@ def run_demo(
     """
     started = time.time()
     progress = show_progress(console)
+    if map_source is None and output.is_file():
+        raise NeVAError(f"{output} is a file; name a folder for the neuron map.")
     if map_source is None:
         map_source = str(_identify(console, progress, list(values), output))
     console.print(f"\n[bold]Loading the map[/] with NeVAModel.from_pretrained({escape(map_source)!r})")
@@ -159,7 +162,8 @@ def _measure(
     effects = []
     for setting, cost, edited in zip(settings, costs, log_probs, strict=True):
         for value in setting:
-            shift = mean(margins(edited, value)) - mean(margins(log_probs[0], value))
+            before, after = margins(log_probs[0], value), margins(edited, value)
+            shift = mean(after) - mean(before) if after else None
             effects.append(Effect(dict(setting), shift, cost.kl, cost.perplexity_ratio))
     return effects
 
@@ -173,7 +177,7 @@ def _show_effects(console: Console, effects: Sequence[Effect]) -> None:
         name = ", ".join(f"{value} {strength:+g}" for value, strength in effect.strengths.items())
         table.add_row(
             name,
-            f"{effect.margin_shift:+.3f} nats/token",
+            "?" if effect.margin_shift is None else f"{effect.margin_shift:+.3f} nats/token",
             f"{effect.kl:.3f} nats/token",
             f"x {effect.perplexity_ratio:.3f}",
         )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import NeVAConfig
-from .edit import LayerEdit, calls
+from .edit import LayerEdit, check_multiple
 from .errors import NeVAError
 from .layer import NeVALayer
 from .strengths import RowStrengths, Strengths, parse_strengths
@@ -86,6 +86,11 @@ def tables_for(model: nn.Module, strengths: RowStrengths | None, rows: int | Non
         `NeVAError`: See [`parse_strengths`].
     """
     configs = active_configs(model)
+    if any(layer.merged for layer in neva_layers(model)):
+        raise NeVAError(
+            "The edits are merged into the base model's weights, where strengths cannot change them: call "
+            "model.unmerge_adapter() first."
+        )
     names = value_names(model)
     ranges = {name: pair for config in configs.values() for name, pair in config.ranges.items()}
     together = parse_strengths(strengths, names, rows=rows, ranges=ranges)
@@ -176,12 +181,33 @@ def dialled(
     edits: dict[NeVALayer, LayerEdit | None] = {
         layer: layer.make_edit(tables, use_gate=gate) if anything else None for layer in neva_layers(model)
     }
-    before = calls.edits
-    calls.edits = {**(before or {}), **edits}
+    before = {layer: (layer.call.running, layer.call.edit) for layer in edits}
     try:
+        for layer, edit in edits.items():
+            layer.call.running, layer.call.edit = True, edit
         yield
     finally:
-        calls.edits = before
+        for layer, (running, edit) in before.items():
+            layer.call.running, layer.call.edit = running, edit
+
+
+def check_rows(model: nn.Module, rows: int | None) -> None:
+    """Refuses a batch that cannot be divided among the rows of strengths that a context gave.
+
+    Layers check this too, but those of models that flatten rows and tokens (OPT) cannot see it.
+
+    Args:
+        model (`nn.Module`): A model with NeVA layers.
+        rows (`int`, *optional*): The rows of the batch.
+
+    Raises:
+        `NeVAError`: If they are no multiple of the rows of strengths.
+    """
+    if rows is None or torch.compiler.is_compiling():
+        return
+    layer = next((module for module in model.modules() if isinstance(module, NeVALayer)), None)
+    if layer is not None and layer.call.edit is not None:
+        check_multiple(rows, layer.call.edit.rows)
 
 
 def joined(strengths: RowStrengths | None, by_name: Mapping[str, float]) -> RowStrengths:

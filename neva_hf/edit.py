@@ -13,16 +13,11 @@ Formula (DESIGN section 2): neuron x becomes `x + s * (shift + gain * x)` at coe
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import NeVAError
-
-if TYPE_CHECKING:
-    from .layer import NeVALayer
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,8 @@ class GeneralEdit:
         gate_weight (`torch.Tensor`, *optional*): Probe weights, float32 `[V, k]`.
         gate_bias (`torch.Tensor`, *optional*): Probe biases, float32 `[V]`.
         gate_logit (`float`): The logit that the probes are brought to.
-        untouched (`torch.Tensor`, *optional*): Bool `[rows, 1]`, the rows without an edit, if there are any.
+        untouched (`torch.Tensor`, *optional*): Bool `[rows, 1]`, the rows without an edit. `None` where all rows share
+            an edit.
     """
 
     index: torch.Tensor
@@ -67,32 +63,52 @@ class LayerEdit:
     fused: torch.Tensor | None = None
     general: tuple[GeneralEdit, ...] = ()
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All tensors, in a fixed order."""
+    @property
+    def rows(self) -> int:
+        """How many rows of strengths there are, 1 if all rows of a batch share them."""
+        found = [edit.coefficients for edit in self.general] + ([] if self.bias is None else [self.bias])
+        return max((tensor.shape[0] for tensor in found), default=1)
+
+    def slots(self) -> list[torch.Tensor | None]:
+        """All tensors in a fixed order, `None` for those that are not there."""
         found = [self.bias, self.fused]
         for edit in self.general:
             found += [edit.index, edit.columns, edit.coefficients, edit.shift, edit.untouched]
             found += [edit.gain, edit.gate_weight, edit.gate_bias]
-        return [tensor for tensor in found if tensor is not None]
+        return found
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that are there, in a fixed order."""
+        return [tensor for tensor in self.slots() if tensor is not None]
 
 
-class _Calls(threading.local):
-    edits: Mapping[NeVALayer, LayerEdit | None] | None = None
+class Call(threading.local):
+    """What the running call of each thread dials in one layer: an edit, or `None` for none, while `running`.
 
+    Each layer holds its own. (One dict of all layers would do in eager mode, but `torch.compile` remembers the place of a
+    key rather than the key, so layers that share compiled code would share an edit; and it cannot trace a context
+    variable.)
+    """
 
-calls = _Calls()
-"""What the running call of each thread dials: layer -> its edit, or `None` for no edit.
+    def __init__(self) -> None:
+        # Runs anew in every thread. (Defaults in the class would do in eager mode, but the guards of `torch.compile` do
+        # not see when a thread begins to override them.)
+        self.running = False
+        self.edit: LayerEdit | None = None
 
-The holder is one per process, its content one per thread, undone when the call ends. (A context variable would do as
-well, but `torch.compile` cannot trace one.)
-"""
+    def __reduce__(self) -> tuple[type[Call], tuple[()]]:
+        # Copies of a layer have calls of their own.
+        return type(self), ()
 
 
 def same_layout(old: LayerEdit, new: LayerEdit) -> bool:
     """Whether the numbers of one edit can be written into the tensors of the other."""
-    sizes = [[(t.shape, t.device, t.dtype) for t in edit.tensors()] for edit in (old, new)]
-    fields = [[edit.bias is None, edit.fused is None, len(edit.general)] for edit in (old, new)]
-    return sizes[0] == sizes[1] and fields[0] == fields[1]
+    layouts = [
+        [None if tensor is None else (tensor.shape, tensor.device, tensor.dtype) for tensor in edit.slots()]
+        for edit in (old, new)
+    ]
+    gates = [[general.gate_logit for general in edit.general] for edit in (old, new)]
+    return layouts[0] == layouts[1] and gates[0] == gates[1]
 
 
 def add_folded(output: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -164,12 +180,17 @@ def _gate(edit: GeneralEdit, selected: torch.Tensor, amounts: torch.Tensor) -> t
 
 def _blocks(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """`[rows * n, ...]` -> `[rows, n, ...]`."""
-    if tensor.shape[0] % rows != 0:
-        raise NeVAError(
-            f"Strengths were given for {rows} rows, but the model was run on a batch of {tensor.shape[0]}, which is no "
-            "multiple of that. Pass one dict of strengths per row of the inputs, or one dict for all."
-        )
+    check_multiple(tensor.shape[0], rows)
     return tensor.unflatten(0, (rows, tensor.shape[0] // rows))
+
+
+def check_multiple(batch: int, rows: int) -> None:
+    """Refuses a batch that cannot be divided among rows of strengths."""
+    if batch % rows != 0:
+        raise NeVAError(
+            f"Strengths were given for {rows} rows, but the model was run on a batch of {batch}, which is no multiple "
+            "of that. Pass one dict of strengths per row of the inputs, or one dict for all."
+        )
 
 
 def _beside_blocks(per_row: torch.Tensor, dims: int) -> torch.Tensor:

@@ -3,13 +3,13 @@
 Invariants:
 - The base layer runs as it is, and what edits write is added (edit.py), so any linear base layer works, quantized ones
   too. Only where all rows share a folded edit and the base layer is a plain `nn.Linear` is it fused into that matmul.
-- What a call dials comes from the calling thread, what is set on the model from the layer. Without either, at strength
+- What a call dials belongs to the calling thread, what is set on the model to all. Without either, at strength
   0, disabled or merged, the layer is the base layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import NeVAConfig
-from .edit import GeneralEdit, LayerEdit, add_folded, add_general, calls, same_layout
+from .edit import Call, GeneralEdit, LayerEdit, add_folded, add_general, same_layout
 from .errors import NeVAError
 from .strengths import scale_by_units
 
@@ -54,11 +54,13 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         self.neva_strengths: dict[str, list[float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._before_merges: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._merged_strengths: dict[str, list[float]] = {}
+        self._before_merge: tuple[torch.Tensor, nn.Parameter | None] | None = None
         self._active_adapter = adapter_name
+        self.call = Call()
         self._edit: LayerEdit | None = None
         self._stale = False
-        self._folds: dict[str, tuple[Any, torch.Tensor]] = {}
+        self._kept: dict[tuple[str, str], tuple[Any, torch.Tensor]] = {}
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
         self.update_layer(adapter_name, config)
 
@@ -88,7 +90,7 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         self.neva_configs[adapter_name] = config
         self.neva_strengths[adapter_name] = [float(config.default_strengths.get(name, 0.0)) for name in config.values]
         # transformers fills the tensors after this by ways that call none of our hooks: make the edit when first used.
-        self._stale = any(self.neva_strengths[adapter_name])
+        self._stale = self._stale or any(self.neva_strengths[adapter_name])
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -112,10 +114,11 @@ class NeVALayer(nn.Module, BaseTunerLayer):
             return None
         if self.merged_adapters:
             return None
-        edits = calls.edits
-        if edits is not None and self in edits:
-            return edits[self]
-        if self._stale:
+        if self.call.running:
+            return self.call.edit
+        # (A model may be offloaded after its strengths were set; then there is no weight to fuse with any more.)
+        offloaded = self._edit is not None and self._edit.fused is not None and self.base_layer.weight.is_meta
+        if self._stale or offloaded:
             self.refresh()
         return self._edit
 
@@ -174,24 +177,24 @@ class NeVALayer(nn.Module, BaseTunerLayer):
             return LayerEdit(bias=bias.to(dtype), general=tuple(general))
 
     def _general_edit(self, name: str, coefficients: torch.Tensor, use_gate: bool) -> GeneralEdit:
-        columns = self.columns(self.neva_index[name])
+        columns = self._keep(name, "columns", lambda: self._adapter_columns(name).to(self._device_and_dtype()[1]))
         untouched = (coefficients == 0).all(dim=1, keepdim=True)
+        shared = len(coefficients) == 1 and not bool(untouched)
 
-        def own(tensors: nn.ParameterDict, wanted: bool) -> torch.Tensor | None:
-            return tensors[name].to(columns.device, torch.float32, copy=True) if wanted and name in tensors else None
+        def own(kind: str) -> torch.Tensor:
+            return self.tensor(kind, name).to(columns.device, torch.float32, copy=True)
 
-        shift = own(self.neva_shift, True)
-        assert shift is not None
+        has_gain, gated = name in self.neva_gain, use_gate and name in self.neva_gate_weight
         return GeneralEdit(
-            index=self.neva_index[name].to(columns.device, torch.int64),
-            columns=columns.to(self._device_and_dtype()[1]),
+            index=self.tensor("index", name).to(columns.device, torch.int64),
+            columns=columns.clone(),  # `refresh` writes into it
             coefficients=coefficients.to(columns.device),
-            shift=shift,
-            gain=own(self.neva_gain, True),
-            gate_weight=own(self.neva_gate_weight, use_gate),
-            gate_bias=own(self.neva_gate_bias, use_gate),
+            shift=own("shift"),
+            gain=own("gain") if has_gain else None,
+            gate_weight=own("gate_weight") if gated else None,
+            gate_bias=own("gate_bias") if gated else None,
             gate_logit=float(torch.logit(torch.tensor(self.neva_configs[name].gate_probability))),
-            untouched=untouched.to(columns.device) if bool(untouched.any()) else None,
+            untouched=None if shared else untouched.to(columns.device),
         )
 
     def fold(self, adapter_name: str) -> torch.Tensor:
@@ -203,13 +206,47 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         Returns:
             `torch.Tensor`: Float32 `[V, hidden]`, kept until weights or shifts change.
         """
-        shift, index = self.neva_shift[adapter_name], self.neva_index[adapter_name]
-        key = (*_version(shift), *_version(index), *_version(self._weight()))
-        if adapter_name not in self._folds or self._folds[adapter_name][0] != key:
+
+        def make() -> torch.Tensor:
+            columns = self._adapter_columns(adapter_name)
+            # Copied, since matmuls of tensors at odd addresses (mapped from files) differ in their last bits.
+            return self.tensor("shift", adapter_name).to(columns.device, torch.float32, copy=True) @ columns
+
+        return self._keep(adapter_name, "fold", make)
+
+    def tensor(self, kind: str, adapter_name: str) -> torch.Tensor:
+        """One of an adapter's tensors.
+
+        Args:
+            kind (`str`): Its name without `neva_`, such as `shift`.
+            adapter_name (`str`): Which adapter.
+
+        Returns:
+            `torch.Tensor`: With numbers, also where accelerate has offloaded the model.
+        """
+        tensors = getattr(self, f"neva_{kind}")
+        hook = getattr(tensors, "_hf_hook", None)
+        offloaded = hook is not None and tensors[adapter_name].is_meta
+        return hook.weights_map[adapter_name] if offloaded else tensors[adapter_name]
+
+    def _keep(self, adapter_name: str, what: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` makes of an adapter and the base layer's weight, made again only when these change."""
+        sources = (self.neva_shift[adapter_name], self.neva_index[adapter_name], self._weight())
+        version = [_version(tensor) for tensor in sources]
+        if (adapter_name, what) not in self._kept or self._kept[adapter_name, what][0] != version:
             with torch.inference_mode(False), torch.no_grad():
-                columns = self.columns(index)
-                self._folds[adapter_name] = (key, shift.to(columns.device, torch.float32) @ columns)
-        return self._folds[adapter_name][1]
+                self._kept[adapter_name, what] = (version, make())
+        return self._kept[adapter_name, what][1]
+
+    def _adapter_columns(self, adapter_name: str) -> torch.Tensor:
+        index = self.tensor("index", adapter_name)
+        lowest, highest = int(index.min()), int(index.max())
+        if lowest < 0 or highest >= self.in_features:
+            raise NeVAError(
+                f"Adapter {adapter_name!r} edits neuron {lowest if lowest < 0 else highest} of {self.module_name!r}, "
+                f"which has only {self.in_features}: it was made for another model."
+            )
+        return self.columns(index)
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
         """What a unit of each given input feature writes to the output.
@@ -249,51 +286,53 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         Raises:
             `NeVAError`: For gates, which depend on the token, and for base layers without a plain weight.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.neva_shift:
-                continue
-            strengths = torch.tensor([self.neva_strengths[name]], dtype=torch.float32)
-            if bool(strengths.any()) and name in self.neva_gate_weight:
-                raise NeVAError(
-                    f"Adapter {name!r} has gates, which decide per token, so it cannot be merged into weights. "
-                    "Keep it as an adapter, or make a map without gates."
-                )
-            if not self._is_plain():
-                raise NeVAError(
-                    f"{self.module_name!r} is a {type(self.base_layer).__name__} without a plain floating-point weight, "
-                    "so edits cannot be merged into it. Load the base model without quantization to merge."
-                )
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.neva_shift]
+        strengths = self._merged_strengths | {name: self.neva_strengths[name] for name in names}
+        dialled = [name for name, row in strengths.items() if any(row)]
+        gated = [name for name in dialled if name in self.neva_gate_weight]
+        if gated:
+            raise NeVAError(
+                f"Adapter {gated[0]!r} has gates, which decide per token, so it cannot be merged into weights. "
+                "Keep it as an adapter, or make a map without gates."
+            )
+        if dialled and not self._is_plain():
+            raise NeVAError(
+                f"{self.module_name!r} is a {type(self.base_layer).__name__} without a plain floating-point weight, "
+                "so edits cannot be merged into it. Load the base model without quantization to merge."
+            )
+        # Edits add up, and gains are relative to the base weights: all adapters are merged into these at once.
+        self.unmerge()
+        if dialled:
             base = self.base_layer
-            before = (base.weight.data, None if base.bias is None else base.bias.data)
-            if bool(strengths.any()):
-                weight, bias = self._merged(name, strengths)
-                if safe_merge and not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-                    raise NeVAError(f"Merging {name!r} into {self.module_name!r} gives numbers that are not finite.")
-                base.weight.data, base.bias = weight, nn.Parameter(bias, requires_grad=False)
-            self._before_merges.append(before)
-            self.merged_adapters.append(name)
+            weight, bias = self._merged({name: strengths[name] for name in dialled})
+            if safe_merge and not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                raise NeVAError(f"Merging {names} into {self.module_name!r} gives numbers that are not finite.")
+            self._before_merge = (base.weight.data, base.bias)
+            base.weight.data, base.bias = weight, nn.Parameter(bias, requires_grad=False)
+        self._merged_strengths, self.merged_adapters = strengths, list(strengths)
 
-    def _merged(self, name: str, strengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        base, config = self.base_layer, self.neva_configs[name]
+    def _merged(self, strengths: Mapping[str, list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+        base = self.base_layer
         weight: torch.Tensor = base.weight.data
-        coefficients = scale_by_units(strengths, config.values, config.units).to(weight.device)
-        bias = (coefficients @ self.fold(name))[0]
-        if base.bias is not None:
-            bias = bias + base.bias.float()
-        if name in self.neva_gain:
-            scale = torch.ones(self.in_features, device=weight.device)
-            gain = self.neva_gain[name].to(weight.device, torch.float32)
-            scale[self.neva_index[name].to(weight.device, torch.int64)] += (coefficients @ gain)[0]
-            weight = (weight.float() * (scale[:, None] if isinstance(base, Conv1D) else scale)).to(weight.dtype)
-        return weight, bias.detach().to(weight.dtype)
+        bias = torch.zeros(self.out_features, device=weight.device) if base.bias is None else base.bias.float()
+        scale = torch.ones(self.in_features, device=weight.device)
+        with torch.no_grad():
+            for name, row in strengths.items():
+                config = self.neva_configs[name]
+                coefficients = scale_by_units(torch.tensor([row]), config.values, config.units).to(weight.device)
+                bias = bias + (coefficients @ self.fold(name))[0]
+                if name in self.neva_gain:
+                    gain = self.tensor("gain", name).to(weight.device, torch.float32)
+                    scale[self.tensor("index", name).to(weight.device, torch.int64)] += (coefficients @ gain)[0]
+            if any(name in self.neva_gain for name in strengths):
+                weight = (weight.float() * (scale[:, None] if isinstance(base, Conv1D) else scale)).to(weight.dtype)
+            return weight, bias.to(weight.dtype)
 
     def unmerge(self) -> None:
         """Puts the base layer back as it was before [`merge`], bit for bit."""
-        while self.merged_adapters:
-            self.merged_adapters.pop()
-            weight, bias = self._before_merges.pop()
-            self.base_layer.weight.data = weight
-            self.base_layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if self._before_merge is not None:
+            self.base_layer.weight.data, self.base_layer.bias = self._before_merge
+        self._before_merge, self._merged_strengths, self.merged_adapters = None, {}, []
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -301,14 +340,32 @@ class NeVALayer(nn.Module, BaseTunerLayer):
             self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._folds.pop(adapter_name, None)
+        self._kept = {key: kept for key, kept in self._kept.items() if key[0] != adapter_name}
         super().delete_adapter(adapter_name)
         self.refresh()
 
+    def train(self, mode: bool = True) -> NeVALayer:
+        # transformers ends the loading of an adapter with `eval()`. What is ready before the first call can be compiled.
+        super().train(mode)
+        if self._stale:
+            self.refresh()
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> NeVALayer:
-        # .to(), .half(), .cuda() and the like come through here.
-        super()._apply(fn, recurse)
-        self._folds.clear()
+        # .to(), .half(), .cuda() and the like come through here. They move the map's own tensors, but do not round them:
+        # a map stays what was saved, whatever the model computes in.
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        for child in self.children() if recurse else ():
+            child._apply(fn if child is self.base_layer else move)
+        if self._before_merge is not None:
+            weight, bias = self._before_merge
+            if bias is not None:
+                bias.data = fn(bias.data)
+            self._before_merge = (fn(weight), bias)
+        self._kept.clear()
         self.refresh()
         return self
 
@@ -323,11 +380,13 @@ class NeVALayer(nn.Module, BaseTunerLayer):
 
     def _is_plain(self) -> bool:
         """Whether the base layer is a linear map whose weight can be read: not quantized, wrapped or offloaded."""
-        if type(self.base_layer) not in (nn.Linear, Conv1D):
+        kind = type(self.base_layer)
+        # (FalconLinear is nn.Linear with its matmul and its addition as two steps; quantized ones are subclasses too.)
+        if kind not in (nn.Linear, Conv1D) and kind.__name__ != "FalconLinear":
             return False
         weight = self.base_layer.weight
         plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
-        return plain and weight.is_floating_point() and weight.device.type != "meta"
+        return plain and weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.device.type != "meta"
 
     def _can_fuse(self) -> bool:
         # Hooks on the base layer would be passed by when its matmul is made here.

@@ -6,7 +6,6 @@ token), so replies of different lengths compare. A scenario's prompt is run once
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,9 +98,14 @@ def reply_log_probs(model: nn.Module, encoded: EncodedScenario, *, prefix_grad: 
         first = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]
     cache.batch_repeat_interleave(count)
     attention = torch.cat([torch.ones(count, prompt.shape[1], device=device), mask], dim=1).long()
-    rest = model(input_ids=replies[:, :-1], attention_mask=attention[:, :-1], past_key_values=cache, use_cache=True)
     # The first token of a reply is told by the prompt's last position, the others by the token before.
-    logits = torch.cat([first.expand(count, -1, -1), rest.logits], dim=1).float()
+    logits = first.expand(count, -1, -1)
+    if replies.shape[1] > 1:
+        rest = model(
+            input_ids=replies[:, :-1], attention_mask=attention[:, :-1], past_key_values=cache, use_cache=True
+        )
+        logits = torch.cat([logits, rest.logits], dim=1)
+    logits = logits.float()
     told = torch.gather(logits, 2, replies[:, :, None])[:, :, 0] - logits.logsumexp(-1)
     return (told * mask).sum(1) / mask.sum(1)
 
@@ -252,7 +256,8 @@ def damage(
     return [
         Damage(
             kl=max(float(kl[number]) / tokens, 0.0),
-            perplexity_ratio=math.exp(float(loss[number + 1] - loss[0]) / tokens),
+            # (torch's exponential is infinite where that of `math` raises)
+            perplexity_ratio=float(((loss[number + 1] - loss[0]) / tokens).exp()),
             tokens=tokens,
         )
         for number in range(len(strengths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,9 +11,11 @@ from peft import PeftModelForCausalLM, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .architectures import check_base, refuse_experts
 from .base import load_base
 from .dial import get_strengths, neva_layers, set_strengths, value_names
 from .errors import NeVAError
+from .layer import layer_sizes
 from .neuron_map import NeuronMap
 from .strengths import RowStrengths, Strengths
 from .tuner import NeVATuner
@@ -116,10 +119,16 @@ class NeVAModel(PeftModelForCausalLM):
         Raises:
             `NeVAError`: If the map does not fit the model.
         """
-        copied = NeuronMap.select(neuron_map, neuron_map.values)
-        copied.config.inference_mode = True
+        if neva_layers(base):
+            raise NeVAError(
+                "This model has a neuron map on it already: add another with model.load_adapter(folder, 'other name'), or "
+                "take it off with model.unload()."
+            )
+        copied = copy.deepcopy(neuron_map)
+        # Before anything is put into the base model.
+        check_base(base, copied.config.base, list(copied.modules))
+        _check_indices(base, copied)
         model = cls(base, copied.config, adapter_name)
-        _check_indices(model, copied)
         set_peft_model_state_dict(model, copied.state_dict(), adapter_name=adapter_name)
         for layer in neva_layers(model):
             layer.refresh()
@@ -167,11 +176,12 @@ class NeVAModel(PeftModelForCausalLM):
         super().save_pretrained(str(save_directory), **kwargs)
 
 
-def _check_indices(model: nn.Module, neuron_map: NeuronMap) -> None:
-    for layer in neva_layers(model):
-        edits = neuron_map.modules.get(layer.module_name)
-        if edits is not None and int(edits.index.max()) >= layer.in_features:
+def _check_indices(base: nn.Module, neuron_map: NeuronMap) -> None:
+    for name, edits in neuron_map.modules.items():
+        module = base.get_submodule(name)
+        refuse_experts(module, name)
+        d_ff, last = layer_sizes(module)[0], int(edits.index.max())
+        if last >= d_ff:
             raise NeVAError(
-                f"The map edits neuron {int(edits.index.max())} of {layer.module_name!r}, which has only "
-                f"{layer.in_features}: it was made for another model."
+                f"The map edits neuron {last} of {name!r}, which has only {d_ff}: it was made for another model."
             )

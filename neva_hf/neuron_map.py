@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import NeVAConfig
+from .config import NeVAConfig, check_value_names
 from .errors import NeVAError
 from .strengths import unknown_value_message
 
@@ -36,7 +37,7 @@ MAX_TENSOR_BYTES = 2**30
 _TENSORS = ("index", "shift", "gain", "gate_weight", "gate_bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleEdits:
     """The edits of one down projection: `V` values, `k` neurons.
 
@@ -58,6 +59,14 @@ class ModuleEdits:
         """The tensors that are there, by their names on disk without the prefix `neva_`."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModuleEdits):
+            return NotImplemented
+        here, there = self.tensors(), other.tensors()
+        return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -85,12 +94,12 @@ class NeuronMap:
     modules: dict[str, ModuleEdits] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.modules:
-            raise NeVAError("A neuron map needs at least one edited module.")
+        if not self.modules or "" in self.modules:
+            raise NeVAError("A neuron map needs at least one edited module, and each needs a name.")
         for name, edits in self.modules.items():
             _check_module(name, edits, self.config)
         counts = {name: int(edits.index.numel()) for name, edits in self.modules.items()}
-        self.config = replace(self.config, neurons=counts, target_modules=list(self.modules))
+        self.config = replace(self.config, neurons=counts, target_modules=list(self.modules), inference_mode=True)
 
     @property
     def values(self) -> list[str]:
@@ -133,7 +142,7 @@ class NeuronMap:
         return {value: {name: len(index) for name, index in self.neurons(value).items()} for value in self.values}
 
     def select(self, values: Sequence[str]) -> NeuronMap:
-        """A map with some of the values, and only the neurons that they need.
+        """A map with some of the values, and only the neurons that they edit, or that their gates read.
 
         Args:
             values (`Sequence[str]`): Which, in the order that the new map has them.
@@ -142,8 +151,9 @@ class NeuronMap:
             [`NeuronMap`]: A new map; the tensors are copies.
 
         Raises:
-            `NeVAError`: If one is not in this map.
+            `NeVAError`: If one is not in this map, or none of them edits anything.
         """
+        values = check_value_names(values)
         rows = [self._row(value) for value in values]
         modules = {}
         for name, edits in self.modules.items():
@@ -152,6 +162,8 @@ class NeuronMap:
                 used |= (edits.gain[rows] != 0).any(0)
             if not bool(used.any()):
                 continue
+            if edits.gate_weight is not None:
+                used |= (edits.gate_weight[rows] != 0).any(0)
             modules[name] = ModuleEdits(
                 index=edits.index[used].clone(),
                 shift=edits.shift[rows][:, used].clone(),
@@ -159,6 +171,8 @@ class NeuronMap:
                 gate_weight=None if edits.gate_weight is None else edits.gate_weight[rows][:, used].clone(),
                 gate_bias=None if edits.gate_bias is None else edits.gate_bias[rows].clone(),
             )
+        if not modules:
+            raise NeVAError(f"In this map {', '.join(values)} edits no neuron, so there is nothing to select.")
         kept = set(values)
         config = replace(
             self.config,
@@ -200,7 +214,8 @@ class NeuronMap:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the map as a PEFT adapter.
 
-        The weights are written under another name first and put in place at the end, so a reader never sees half a map.
+        Both files are written elsewhere first, and the config is put in place last: a reader, or whoever comes after a
+        crash, finds a whole map or none.
 
         Args:
             folder (`str` or `os.PathLike`): Made if it is not there.
@@ -215,10 +230,12 @@ class NeuronMap:
         if folder.is_file():
             raise NeVAError(f"{folder} is a file; give a folder to save the neuron map in.")
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{SAFETENSORS_WEIGHTS_NAME}.{os.getpid()}"
-        save_file(self.state_dict(), unfinished, metadata={"format": "pt"})
-        replace(self.config, inference_mode=True).save_pretrained(str(folder))
-        os.replace(unfinished, folder / SAFETENSORS_WEIGHTS_NAME)
+        with tempfile.TemporaryDirectory(prefix=".neva-", dir=folder) as unfinished:
+            save_file(self.state_dict(), Path(unfinished, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+            self.config.save_pretrained(unfinished)
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
+            for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                os.replace(Path(unfinished, name), folder / name)
         return folder
 
     @classmethod
@@ -277,10 +294,9 @@ class NeuronMap:
             config = layer.neva_configs[adapter_name]
             found = {}
             for key in _TENSORS:
-                tensors = getattr(layer, f"neva_{key}")
-                if adapter_name in tensors:
+                if adapter_name in getattr(layer, f"neva_{key}"):
                     dtype = torch.int32 if key == "index" else torch.float32
-                    found[key] = tensors[adapter_name].detach().to("cpu", dtype, copy=True)
+                    found[key] = layer.tensor(key, adapter_name).detach().to("cpu", dtype, copy=True)
             modules[layer.module_name] = ModuleEdits(**found)
         if config is None:
             raise NeVAError(f"The model has no NeVA adapter named {adapter_name!r}.")
@@ -399,7 +415,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     ['layers.9', 'layers.10']
     ```
     """
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
 def _check_module(name: str, edits: ModuleEdits, config: NeVAConfig) -> None:

@@ -18,6 +18,8 @@ import torch
 
 from .errors import NeVAError
 
+MAX_STRENGTH = 1e6
+
 Strengths: TypeAlias = Mapping[str, float]
 """Value name -> strength. Values that are not named are at 0."""
 
@@ -52,8 +54,14 @@ def _check_one(strengths: Strengths, values: Sequence[str], where: str) -> None:
             raise NeVAError(f"{unknown_value_message(name, values)}{f' (strengths{where})' if where else ''}")
         if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
             raise NeVAError(f"The strength of {name!r}{where} must be a number, got {strength!r:.80}.")
-        if not math.isfinite(strength):
+        # (Ordered comparisons, since a whole number may be too large for a float.)
+        if not -math.inf < strength < math.inf:
             raise NeVAError(f"The strength of {name!r}{where} must be finite, got {strength!r}.")
+        if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
+            raise NeVAError(
+                f"The strength of {name!r}{where} is too large: {strength!r:.40}. Strengths of about 1 are the "
+                f"calibrated unit, {MAX_STRENGTH:g} is the limit."
+            )
 
 
 def _warn_beyond(strengths: Strengths, ranges: Mapping[str, Sequence[float]], where: str) -> None:
@@ -125,8 +133,6 @@ def parse_strengths(
         if ranges:
             _warn_beyond(row, ranges, where)
     table = torch.tensor([[float(row.get(name, 0.0)) for name in values] for row in listed], dtype=torch.float32)
-    if not bool(torch.isfinite(table).all()):
-        raise NeVAError("A strength is too large for float32; strengths of about 1 are the calibrated unit.")
     return table[:1] if bool((table == table[:1]).all()) else table
 
 

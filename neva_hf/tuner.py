@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -12,6 +13,7 @@ from torch import nn
 from . import dial
 from .architectures import check_base, find_down_projections, refuse_experts
 from .config import NeVAConfig, NevaType
+from .errors import NeVAError
 from .layer import NeVALayer
 from .strengths import RowStrengths, Strengths
 
@@ -46,10 +48,10 @@ class NeVATuner(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: NeVAConfig, model: nn.Module) -> None:
-        if isinstance(peft_config.neurons, dict):
-            check_base(model, peft_config.base, list(peft_config.neurons))
-            if peft_config.target_modules is None:
-                peft_config.target_modules = list(peft_config.neurons)
+        named = list(peft_config.neurons) if isinstance(peft_config.neurons, dict) else []
+        check_base(model, peft_config.base, named)
+        if named and peft_config.target_modules is None:
+            peft_config.target_modules = named
         if peft_config.target_modules is None:
             peft_config.target_modules = list(find_down_projections(model))
 
@@ -67,24 +69,34 @@ class NeVATuner(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         refuse_experts(target, current_key)
-        layer = NeVALayer(target, adapter_name, peft_config, module_name=current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        # (PEFT's `_replace_module` would move the layer's tensors to the device of the weight, which has no numbers where
+        # the base model is offloaded. They are where they belong already.)
+        setattr(parent, target_name, NeVALayer(target, adapter_name, peft_config, module_name=current_key))
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # A map that is loaded to be used leaves the base model's `requires_grad` alone: torch multiplies frozen weights
+        # by other kernels, and at strength 0 every bit shall be the base model's.
+        if not all(config.inference_mode for config in self.peft_config.values()):
+            super()._mark_only_adapters_as_trainable(model)
 
     def forward(self, *args: Any, strengths: RowStrengths | None = None, gate: bool = True, **kwargs: Any) -> Any:
-        if strengths is None:
-            return self.model(*args, **kwargs)
-        rows = dial.batch_rows(*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        with dial.dialled(self.model, strengths, rows=rows, gate=gate):
+        with self._call(strengths, gate, *args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, strengths: RowStrengths | None = None, gate: bool = True, **kwargs: Any) -> Any:
-        if strengths is None:
-            return self.model.generate(*args, **kwargs)
         inputs = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        with dial.dialled(self.model, strengths, rows=dial.batch_rows(*args, *inputs), gate=gate):
+        with self._call(strengths, gate, *args, *inputs):
             return self.model.generate(*args, **kwargs)
+
+    def _call(self, strengths: RowStrengths | None, gate: bool, *inputs: Any) -> AbstractContextManager[None]:
+        """What is in force during one call on the given inputs."""
+        rows = dial.batch_rows(*inputs)
+        if strengths is not None:
+            return dial.dialled(self.model, strengths, rows=rows, gate=gate)
+        if not gate:
+            raise NeVAError("`gate=False` goes with strengths: pass strengths={...} in the same call.")
+        dial.check_rows(self.model, rows)
+        return nullcontext()
 
     def set_strengths(self, strengths: Strengths | None = None, /, **by_name: float) -> None:
         """See [`set_strengths`]."""

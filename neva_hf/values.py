@@ -6,61 +6,33 @@ A system is plain data, checked when it is made, so that every later part may tr
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from neva_hf.errors import NeVAError
+from neva_hf.value_parts import MAX_FILE_BYTES as MAX_FILE_BYTES
+from neva_hf.value_parts import MAX_VALUES as MAX_VALUES
+from neva_hf.value_parts import (
+    Value,
+    check_keys,
+    check_name,
+    check_text,
+    checked_groups,
+    checked_opposites,
+    checked_values,
+    read_plain_data,
+    read_values,
+    unknown_name,
+    write_plain_data,
+)
 
 Relation = Literal["same", "within", "adjacent", "opposite", "other"]
 
-MAX_VALUES = 256
-MAX_FILE_BYTES = 2**20
-
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SHIPPED = Path(__file__).with_name("value_systems")
 _FACING = 135.0  # degrees: halfway between a right angle and straight across
-
-
-@dataclass(frozen=True)
-class Value:
-    """One value (or trait) that a model can be steered towards or away from. Misfitting fields raise a `NeVAError`.
-
-    Args:
-        name (`str`): What code calls it: a small letter, then at most 63 small letters, digits and `_`.
-        label (`str`): What people read, e.g. `"Self-direction"`.
-        definition (`str`): One or two sentences that say what living by it means.
-        angle (`float`, *optional*): Its place on the circle in degrees, 0 <= angle < 360.
-
-    Example:
-
-    ```py
-    >>> from neva_hf.values import Value
-    >>> Value("thrift", "Thrift", "Spending little and wasting nothing.").label
-    'Thrift'
-    ```
-    """
-
-    name: str
-    label: str
-    definition: str
-    angle: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_name("name", self.name)
-        _check_text("label", self.label)
-        _check_text("definition", self.definition)
-        if self.angle is not None:
-            number = isinstance(self.angle, (int, float)) and not isinstance(self.angle, bool)
-            fits = number and 0 <= self.angle < 360  # NaN compares false
-            _check(fits, "angle", self.angle, "degrees as a number, 0 <= angle < 360, or no angle at all")
-            object.__setattr__(self, "angle", float(self.angle))
 
 
 @dataclass(frozen=True)
@@ -104,16 +76,14 @@ class ValueSystem:
     opposite_groups: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _check_name("name", self.name)
-        _check_text("label", self.label)
-        _check_text("description", self.description)
+        check_name("name", self.name)
+        check_text("label", self.label)
+        check_text("description", self.description)
         if self.source != "":
-            _check_text("source", self.source)
-        for value in _as_list("values", self.values):
-            _check(isinstance(value, Value), "an entry of values", value, "a Value; from_dict takes plain data")
-        object.__setattr__(self, "values", _checked_values(self.values))
-        object.__setattr__(self, "groups", _checked_groups(self.groups, self.names))
-        object.__setattr__(self, "opposite_groups", _checked_opposites(self.opposite_groups, self.groups))
+            check_text("source", self.source)
+        object.__setattr__(self, "values", checked_values(self.values))
+        object.__setattr__(self, "groups", checked_groups(self.groups, self.names))
+        object.__setattr__(self, "opposite_groups", checked_opposites(self.opposite_groups, self.groups))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,7 +108,7 @@ class ValueSystem:
         for value in self.values:
             if value.name == name:
                 return value
-        raise NeVAError(f"{self.name}: value {_unknown(name, self.names)}")
+        raise NeVAError(f"{self.name}: value {unknown_name(name, self.names)}")
 
     def groups_of(self, name: str) -> tuple[str, ...]:
         """The groups that a value is in: two for one on a border, none for one that stands alone.
@@ -299,15 +269,8 @@ class ValueSystem:
         ```
         """
         required, optional = ("name", "label", "description", "values"), ("source", "groups", "opposite_groups")
-        _check_keys("the value system", data, required, optional)
-        values = []
-        for position, item in enumerate(_as_list("values", data["values"])):
-            try:
-                _check_keys("the entry", item, ("name", "label", "definition"), ("angle",))
-                values.append(Value(**item))
-            except NeVAError as error:
-                raise NeVAError(f"values[{position}]: {error}") from None
-        return cls(**{**data, "values": tuple(values)})
+        check_keys("the value system", data, required, optional)
+        return cls(**{**data, "values": read_values(data["values"])})
 
     def _angle(self, name: str) -> float:
         angle = self[name].angle
@@ -337,8 +300,7 @@ def load_value_system(name_or_path: str | os.PathLike[str] = "schwartz10") -> Va
 
     Args:
         name_or_path (`str` or `os.PathLike`, *optional*, defaults to `"schwartz10"`): One of
-            `available_value_systems()`, which wins over a file of that name, or a .json, .yaml or .yml file of at most
-            1 MiB.
+            `available_value_systems()`, which win over files of that name, or a .json, .yaml or .yml file up to 1 MiB.
 
     Returns:
         `ValueSystem`: The checked system.
@@ -357,9 +319,9 @@ def load_value_system(name_or_path: str | os.PathLike[str] = "schwartz10") -> Va
     shipped, name = available_value_systems(), str(name_or_path)
     path = _SHIPPED / f"{name}.json" if name in shipped else Path(name)
     if not os.path.isfile(path):
-        raise NeVAError(f"{_unknown(name, shipped)}, or the path of an existing .json, .yaml or .yml file")
+        raise NeVAError(f"{unknown_name(name, shipped)}, or the path of an existing .json, .yaml or .yml file")
     try:
-        return ValueSystem.from_dict(_read(path))
+        return ValueSystem.from_dict(read_plain_data(path))
     except NeVAError as error:
         raise NeVAError(f"{path}: {error}") from error.__cause__
 
@@ -384,141 +346,4 @@ def save_value_system(system: ValueSystem, path: str | os.PathLike[str]) -> None
     'openness'
     ```
     """
-    raw = (json.dumps(system.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
-    _check(Path(path).suffix.lower() == ".json", "path", str(path), "a path that ends in .json")
-    _check_size(raw)
-    Path(path).write_bytes(raw)
-
-
-def _read(path: Path) -> Any:
-    suffix = path.suffix.lower()
-    _check(suffix in (".json", ".yaml", ".yml"), "the file's ending", suffix, ".json, .yaml or .yml")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-        _check_size(raw)
-        text = raw.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_unique_keys) if suffix == ".json" else _load_yaml(text)
-    except NeVAError:
-        raise
-    except json.JSONDecodeError as error:
-        raise NeVAError(f"line {error.lineno} is not valid JSON: {error.msg} (column {error.colno})") from error
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, absurd numbers, nested too deeply
-        raise NeVAError(f"cannot be read ({error}); expected a value system as {suffix[1:].upper()} text") from error
-
-
-def _load_yaml(text: str) -> Any:
-    try:
-        import yaml  # here only: nobody who keeps to JSON needs it
-    except ImportError as error:
-        raise NeVAError("reading YAML needs PyYAML: `pip install pyyaml`, or write the same as .json") from error
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _check_unique(f"the mapping at line {node.start_mark.line + 1}", [str(key.value) for key, _ in node.value])
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}" if mark else "the text"
-        raise NeVAError(f"{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _check_unique("a JSON object", [key for key, _ in pairs])  # json itself would keep the last one silently
-    return dict(pairs)
-
-
-def _checked_values(values: Sequence[Value]) -> tuple[Value, ...]:
-    if not 1 <= len(values) <= MAX_VALUES:
-        raise NeVAError(f"values has {len(values)} entries; expected 1 to {MAX_VALUES}")
-    _check_unique("values", [value.name for value in values])
-    bare = [value.name for value in values if value.angle is None]
-    if 0 < len(bare) < len(values):
-        raise NeVAError(f"angle is missing for {', '.join(bare)}; expected an angle for every value or for none")
-    return tuple(values)
-
-
-def _checked_groups(given: Any, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    groups = {}
-    for group, listed in _as_mapping("groups", given).items():
-        _check_name("a name in groups", group)
-        members = groups[group] = _as_list(f"groups.{group}", listed)
-        if not members:
-            raise NeVAError(f"groups.{group} is empty; expected at least one value, or no such group")
-        for member in members:
-            if member not in names:
-                raise NeVAError(f"groups.{group}: value {_unknown(member, names)}")
-        _check_unique(f"groups.{group}", members)
-    return groups
-
-
-def _checked_opposites(given: Any, groups: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    opposites = dict(_as_mapping("opposite_groups", given))
-    for group, other in tuple(opposites.items()):
-        for name in (group, other):
-            if name not in tuple(groups):
-                raise NeVAError(f"opposite_groups: group {_unknown(name, groups)}")
-        if opposites.setdefault(other, group) != group:
-            raise NeVAError(f"opposite_groups gives {other} more than one opposite; expected one group for each")
-        if set(groups[group]) & set(groups[other]):
-            raise NeVAError(f"opposite_groups: {group} and {other} share a value; expected none in common")
-    return opposites
-
-
-def _check_keys(what: str, data: Any, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    for key in _as_mapping(what, data):
-        if key not in required + optional:
-            raise NeVAError(f"key {_unknown(key, required + optional)}")
-    if missing := [key for key in required if key not in data]:
-        raise NeVAError(f"key {missing[0]!r} is missing; expected {', '.join(required)}")
-
-
-def _check_name(what: str, name: Any) -> None:
-    fits = isinstance(name, str) and _NAME.fullmatch(name) is not None
-    _check(fits, what, name, "a small letter, then at most 63 small letters, digits and _, like self_direction")
-
-
-def _check_text(what: str, text: Any) -> None:
-    _check(isinstance(text, str) and bool(text.strip()), what, text, "text that is not empty")
-
-
-def _check_size(raw: bytes) -> None:
-    if len(raw) > MAX_FILE_BYTES:
-        raise NeVAError(f"the file is larger than {MAX_FILE_BYTES} bytes (1 MiB), the limit; shorten the texts")
-
-
-def _check_unique(what: str, items: Iterable[str]) -> None:
-    twice = [item for item, count in Counter(items).items() if count > 1]
-    if twice:
-        raise NeVAError(f"{what} has {_show(twice[0])} more than once; expected it once")
-
-
-def _as_list(what: str, items: Any) -> tuple[Any, ...]:
-    _check(isinstance(items, (list, tuple)), what, items, "a list")
-    return tuple(items)
-
-
-def _as_mapping(what: str, items: Any) -> Mapping[Any, Any]:
-    _check(isinstance(items, Mapping), what, items, "a mapping of names")
-    return items
-
-
-def _check(fits: bool, what: str, given: Any, expected: str) -> None:
-    if not fits:
-        raise NeVAError(f"{what} is {_show(given)}; expected {expected}")
-
-
-def _unknown(name: Any, known: Iterable[str]) -> str:
-    spelled = re.sub(r"[\s-]+", "_", name[:99].lower()) if isinstance(name, str) else ""  # finds Self-Direction too
-    close = difflib.get_close_matches(spelled, list(known), 1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{_show(name)} is unknown{hint}; expected one of {', '.join(known)}"
-
-
-def _show(given: Any) -> str:
-    # A file may hold any amount of anything: long texts are cut, containers named by their kind alone.
-    shown = repr(given) if given is None or isinstance(given, (str, int, float)) else f"a {type(given).__name__}"
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+    write_plain_data(system.to_dict(), Path(path))

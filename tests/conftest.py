@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def embedded_base(embedded_cache: Path) -> tuple[PreTrainedModel, PreTrainedToke
         pair = base.load_base()
     assert embedded.is_complete(embedded_cache / f"smollm2-135m-instruct-{embedded.WHEEL_VERSION}")
     return pair
+
+
+@pytest.fixture(autouse=True)
+def few_threads_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tests without the embedded model: threads wait longer for each other than tiny matrices take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "embedded_base" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(before)

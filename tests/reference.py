@@ -2,6 +2,8 @@
 
 Nothing here shares code with `neva_hf.edit`. Every row, value and neuron is treated by itself, in float64, on an
 untouched copy of the base model, so what the hooks give is the definition that the adapter is held to.
+
+Log-probabilities of replies are written once more, too: each reply by itself behind its prompt, no cache, no padding.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from neva_hf import NeuronMap
+from neva_hf import NeuronMap, Scenario
 from neva_hf.neuron_map import ModuleEdits
+from neva_hf.prompts import format_prompt, format_reply
 
 Row = dict[str, float]
 
@@ -106,3 +109,15 @@ def edited(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def log_probs(model: Any, tokenizer: Any, scenario: Scenario, system: str | None = None) -> dict[str, torch.Tensor]:
+    """The log-probability of each reply of a scenario in nats per token, in float64."""
+    prompt = tokenizer(format_prompt(tokenizer, scenario.question, system=system), add_special_tokens=False).input_ids
+    found = {}
+    for key, text in scenario.replies.items():
+        reply = tokenizer(format_reply(tokenizer, text), add_special_tokens=False).input_ids
+        logits = model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0].double()
+        told = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        found[key] = sum(told[place, token] for place, token in enumerate(reply)) / len(reply)
+    return found

@@ -20,10 +20,7 @@ import pytest
 import torch
 from gguf import GGUFWriter, TokenType
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tiny import TOKENS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -35,7 +32,6 @@ from transformers import (
     LlamaModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     T5Config,
 )
 
@@ -46,7 +42,6 @@ from neva_hf.prompts import format_prompt, format_reply
 
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
-TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "he"]
 HEADS, KV_HEADS = 4, 2
 
 
@@ -59,14 +54,6 @@ def tiny_config(**overrides: Any) -> LlamaConfig:
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(tiny_config(**overrides)).eval()
-
-
-def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with an end token and no pad token."""
-    model = Tokenizer(BPE({token: number for number, token in enumerate(TOKENS)}, [("h", "e")]))
-    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    model.decoder = ByteLevelDecoder()
-    return PreTrainedTokenizerFast(tokenizer_object=model, **{"eos_token": "<|end|>", **special})
 
 
 def save_tiny(folder: Path, model: PreTrainedModel | None = None) -> Path:

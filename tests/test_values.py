@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from neva_hf import value_parts
 from neva_hf import values as values_module
 from neva_hf.errors import NeVAError
 from neva_hf.values import (
@@ -652,17 +653,21 @@ def test_without_pyyaml_a_yaml_file_says_what_to_install(tmp_path: Path, monkeyp
 # The module itself.
 
 
-def test_the_module_imports_nothing_heavy() -> None:
-    tree = ast.parse(inspect.getsource(values_module))
-    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names} == {"neva_hf.errors"}
+def test_the_modules_import_nothing_heavy() -> None:
+    imported: set[str] = set()
+    for module in (values_module, value_parts):
+        tree = ast.parse(inspect.getsource(module))
+        imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    outside = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert outside == {"neva_hf.errors", "neva_hf.value_parts"}
 
 
 def docstring_tests() -> list[doctest.DocTest]:
     # A closing fence would otherwise be taken for the last line of the expected output.
     parser = doctest.DocTestParser()
-    found = doctest.DocTestFinder(exclude_empty=True).find(values_module)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [test for module in (values_module, value_parts) for test in finder.find(module)]
     texts = [(test, re.sub(r"(?m)^\s*```\w*$", "", test.docstring or "")) for test in found]
     return [parser.get_doctest(text, test.globs, test.name, test.filename, test.lineno) for test, text in texts]
 
@@ -682,7 +687,8 @@ def test_everything_public_has_a_docstring_and_every_function_an_example() -> No
         for key, item in functions.items()
         if not key.startswith("_") and getattr(item, "__module__", values_module.__name__) == values_module.__name__
     }
-    tested = {test.name.removeprefix(f"{values_module.__name__}.") for test in docstring_tests() if test.examples}
+    public["Value"] = Value
+    tested = {test.name.split(".", 2)[2] for test in docstring_tests() if test.examples}
     for key, item in public.items():
         if inspect.isfunction(item) or inspect.isclass(item):
             assert key in tested, f"{key} has no example"

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that is tested, and maps for them."""
+"""Tiny random models of every architecture that is tested, maps for them, and a tokenizer of theirs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -21,17 +25,31 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
-from neva_hf import NeuronMap, NeVAConfig, NeVAModel
+from neva_hf import NeuronMap, NeVAConfig, NeVAModel, Scenario
 from neva_hf.architectures import describe_base, find_down_projections
 from neva_hf.layer import layer_sizes
 from neva_hf.neuron_map import ModuleEdits
 
 VOCAB, HIDDEN, D_FF, LAYERS = 96, 32, 64, 2
 VALUES = ["benevolence", "power", "security"]
+TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "he"]
+
+SCENARIOS = [
+    Scenario("What now?", {"power": "take the lead", "security": "stay at home now", "benevolence": "help a friend"}),
+    Scenario("Where to?", {"power": "to the top", "security": "home", "benevolence": "to them who need us"}),
+    Scenario("Why?", {"security": "it is safe so", "power": "I want it"}),
+]
+TEXTS = [
+    "The rock is dark.",
+    "Turn the bike upside down.",
+    "Do you have hinges for a door?",
+    "Water boils at a hundred.",
+]
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMMON: dict[str, Any] = {
@@ -85,6 +103,20 @@ def tiny_mixture() -> PreTrainedModel:
     torch.manual_seed(0)
     config = MixtralConfig(**_LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with an end token and no pad token."""
+    model = Tokenizer(BPE({token: number for number, token in enumerate(TOKENS)}, [("h", "e")]))
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=model, **{"eos_token": "<|end|>", **special})
+
+
+def tiny_reader(architecture: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny model that reads what [`tiny_tokenizer`] writes, with room for some hundred characters."""
+    sizes = {"vocab_size": len(TOKENS), "max_position_embeddings": 512, **overrides}
+    return tiny_model(architecture, seed, **sizes)
 
 
 def random_map(

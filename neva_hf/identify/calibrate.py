@@ -67,31 +67,51 @@ def calibrate(
         [`Calibration`]: What was found. It is written into the adapter's config, too.
 
     Raises:
-        `NeVAError`: If an edit changes nothing at all, or no coefficient gives the wanted divergence.
+        `NeVAError`: If an edit changes nothing at all, or no coefficient was found that gives the wanted divergence.
     """
-    if not 0 < target_kl < 5:
-        raise NeVAError(f"`target_kl` must be between 0 and 5 nats per token, got {target_kl}.")
+    check_target_kl(target_kl)
     (config,) = active_configs(model).values()
     ends = [(value, sign) for value in config.values for sign in (-1, 1)]
     units = {value: [1.0, 1.0] for value in config.values}
     config.units, config.ranges = units, {}
+    rows = [{value: float(sign)} for value, sign in ends]
     found: list[Damage] = []
     for count, rounds, tolerance in (_ROUGH, _FINE):
-        for _ in range(rounds):
-            rows = [{value: float(sign)} for value, sign in ends]
+        for last in [False] * rounds + [True]:
+            # What is measured last is what holds: no coefficient changes after it.
             found = damage(model, tokenizer, texts[:count], rows, progress=progress)
             factors = [_factor(one.kl, target_kl, value) for one, (value, _) in zip(found, ends, strict=True)]
-            if all(abs(factor - 1) <= tolerance for factor in factors):
+            if last or all(abs(factor - 1) <= tolerance for factor in factors):
                 break
             for factor, (value, sign) in zip(factors, ends, strict=True):
                 units[value][sign > 0] *= factor
-    config.ranges = _fluent_ranges(model, tokenizer, texts[: _ROUGH[0]], ends, progress)
+    _check_reached(found, ends, target_kl)
+    at_one = [one.kl for one in found]
+    config.ranges = _fluent_ranges(model, tokenizer, texts[: _ROUGH[0]], ends, at_one, progress)
     for layer in neva_layers(model):
         layer.refresh()
     measured: dict[str, Any] = {value: {} for value in config.values}
     for one, (value, sign) in zip(found, ends, strict=True):
         measured[value][f"{sign:+d}"] = {"kl": one.kl, "perplexity_ratio": one.perplexity_ratio}
     return Calibration(units=units, ranges=config.ranges, measured=measured)
+
+
+def check_target_kl(target_kl: float) -> None:
+    """Raises a [`NeVAError`] if a divergence cannot be calibrated for."""
+    if not 0 < target_kl < 5:
+        raise NeVAError(f"`target_kl` must be between 0 and 5 nats per token, got {target_kl}.")
+
+
+def _check_reached(found: Sequence[Damage], ends: Sequence[tuple[str, int]], target_kl: float) -> None:
+    for one, (value, sign) in zip(found, ends, strict=True):
+        if one.kl < 1e-9:
+            raise NeVAError(f"The edit of {value!r} changes nothing of what the model says, however strong it is.")
+        if not 0.5 < one.kl / target_kl < 2:
+            raise NeVAError(
+                f"No strength of {value!r} was found that costs {target_kl:g} nats per token: the last one tried on "
+                f"the {'positive' if sign > 0 else 'negative'} side costs {one.kl:.3g}. Choose another `target_kl`, "
+                "or more neurons."
+            )
 
 
 def _factor(kl: float, target: float, value: str) -> float:
@@ -108,16 +128,20 @@ def _fluent_ranges(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     ends: Sequence[tuple[str, int]],
+    at_one: Sequence[float],
     progress: Progress[str],
 ) -> dict[str, list[float]]:
     """The strengths at which KL reaches `FLUENT_KL`, between probed ones on a line in log-log, down to a tenth."""
     rows = [{value: sign * strength} for strength in _PROBED_STRENGTHS for value, sign in ends]
     found = damage(model, tokenizer, texts, rows, progress=progress)
-    low, high = _PROBED_STRENGTHS
+    points = (1.0, *_PROBED_STRENGTHS)
     ranges: dict[str, list[float]] = {value: [0.0, 0.0] for value, _ in ends}
     for number, (value, sign) in enumerate(ends):
-        at_low, at_high = (max(found[number + offset].kl, 1e-9) for offset in (0, len(ends)))
-        slope = max(math.log(at_high / at_low) / math.log(high / low), 0.5)
-        reach = low * (FLUENT_KL / at_low) ** (1 / slope)
+        # (a divergence that is infinite or no number is that of a broken model)
+        kls = [max(one.kl, 1e-9) if math.isfinite(one.kl) else 1e9 for one in found[number :: len(ends)]]
+        kls.insert(0, at_one[number])
+        low = 1 if kls[1] < FLUENT_KL else 0
+        slope = max(math.log(kls[low + 1] / kls[low]) / math.log(points[low + 1] / points[low]), 0.5)
+        reach = points[low] * (FLUENT_KL / kls[low]) ** (1 / slope)
         ranges[value][sign > 0] = sign * math.floor(min(reach, MAX_STRENGTH) * 10) / 10
     return ranges

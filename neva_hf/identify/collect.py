@@ -47,11 +47,12 @@ def _tapped(modules: Sequence[nn.Module]) -> Iterator[_Taps]:
         replies, tokens = taps.mask.shape
         # Some models flatten batch and tokens.
         rows = x.reshape(replies, tokens, -1)
-        mask = taps.mask[:, :, None].to(rows.dtype)
-        own = rows.detach() * mask
-        taps.means[layer] = own.sum(1).float() / mask.sum(1).float()
+        mask = taps.mask[:, :, None].to(x.device)
+        # (in float32: sums of half-precision numbers lose digits)
+        own = rows.detach().float() * mask
+        taps.means[layer] = own.sum(1) / mask.sum(1)
         taps.sums[layer] = own.sum((0, 1)).double()
-        taps.squares[layer] = own.float().square().sum((0, 1)).double()
+        taps.squares[layer] = own.square().sum((0, 1)).double()
         probe = torch.zeros(replies, 1, rows.shape[2], device=x.device, dtype=torch.float32, requires_grad=True)
         taps.probes[layer] = probe
         return ((rows + probe.to(rows.dtype)).reshape(x.shape),)
@@ -89,8 +90,15 @@ def collect(
         [`Statistics`]: The sums.
 
     Raises:
-        `NeVAError`: If no scenario contrasts one of the values, or the model's layers differ in size.
+        `NeVAError`: If no scenario contrasts one of the values, a reply is a single token, or the model's layers
+            differ in size.
     """
+    unheard = [value for value in values if not any(contrast(list(one.replies), value) for one in scenarios)]
+    if unheard:
+        raise NeVAError(
+            f"No scenario contrasts {', '.join(unheard)} with another reply: their replies must stand in `replies` of "
+            "some scenarios, beside others."
+        )
     modules = find_down_projections(model)
     sizes = sorted({layer_sizes(module)[0] for module in modules.values()})
     if len(sizes) > 1:
@@ -98,23 +106,31 @@ def collect(
             f"The FFNs of this model have different sizes ({sizes}), which identification does not handle yet."
         )
     statistics = Statistics.zeros(list(values), list(modules), sizes[0])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with _tapped(list(modules.values())) as taps:
-            for scenario in progress(scenarios, "scenarios"):
-                _add_scenario(model, encode(tokenizer, scenario), taps, statistics)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    unheard = [value for value, count in zip(values, statistics.count.tolist(), strict=True) if count == 0]
-    if unheard:
-        raise NeVAError(
-            f"No scenario contrasts {', '.join(unheard)} with another reply: their replies must stand in `replies` of "
-            "some scenarios, beside others."
-        )
+    with left_as_it_was(model), _tapped(list(modules.values())) as taps:
+        model.requires_grad_(False).eval()
+        for scenario in progress(scenarios, "scenarios"):
+            encoded = encode(tokenizer, scenario)
+            if encoded.mask[:, :2].sum() < 2 * len(encoded.keys):
+                raise NeVAError(
+                    f"A reply to {scenario.question!r:.80} is a single token: nothing of it runs through the model "
+                    "before it is said. Write replies of a sentence or two."
+                )
+            _add_scenario(model, encoded, taps, statistics)
     return statistics
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back which parameters of a model are trained, and which of its modules are in training mode."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for parameter, wanted in trained.items():
+            parameter.requires_grad_(wanted)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, statistics: Statistics) -> None:
@@ -123,8 +139,7 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
     if not rows:
         return
     # The last token of a reply is told by the one before it and runs through nothing itself.
-    device = next(model.parameters()).device
-    taps.mask = (encoded.mask[:, 1:] if encoded.mask.shape[1] > 1 else encoded.mask).to(device)
+    taps.mask = encoded.mask[:, 1:].to(next(model.parameters()).device)
     with torch.enable_grad():
         log_probs = reply_log_probs(model, encoded)
         probes = [taps.probes[layer] for layer in range(len(statistics.modules))]

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from neva_hf.scenarios import Scenario, load_neutral_texts, load_scenarios, scen
 from neva_hf.values import ValueSystem
 
 from .calibrate import TARGET_KL, calibrate
-from .collect import collect
+from .collect import collect, left_as_it_was
 from .score import SCORES, Scored
 from .select import build_map, middle_layers, top_neurons
 from .statistics import Statistics
@@ -79,9 +80,13 @@ def identify_neurons(
     """
     if neva_layers(model):
         raise NeVAError("The model has a neuron map loaded already: identify on its base model (model.unload()).")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise NeVAError("The model has adapters: merge them into it first (model.merge_and_unload()), or unload them.")
     started = time.time()
     scenarios = load_scenarios() if scenarios is None else list(scenarios)
-    values = check_value_names(list(scenario_values(scenarios) if values is None else values))
+    if not isinstance(values, str):
+        values = list(scenario_values(scenarios) if values is None else values)
+    values = check_value_names(values)
     texts = load_neutral_texts() if neutral_texts is None else list(neutral_texts)
     if isinstance(score, str) and score not in SCORES:
         raise NeVAError(f"There is no score {score!r}: choose one of {sorted(SCORES)}, or pass a function.")
@@ -128,11 +133,13 @@ def calibrated(
     started: float | None = None,
 ) -> NeuronMap:
     """The same map with units, ranges and measurements found on some texts. The model is left as it was."""
-    edited = NeVAModel.from_map(model, neuron_map)
-    try:
-        found = calibrate(edited, tokenizer, texts, target_kl=target_kl, progress=progress)
-    finally:
-        edited.unload()
+    # (putting a map on sets evaluation mode and may freeze the model, and unloading undoes neither)
+    with left_as_it_was(model):
+        edited = NeVAModel.from_map(model, neuron_map)
+        try:
+            found = calibrate(edited, tokenizer, texts, target_kl=target_kl, progress=progress)
+        finally:
+            edited.unload()
     measurements: dict[str, Any] = {"calibration": found.measured}
     if started is not None:
         measurements["seconds"] = round(time.time() - started, 1)

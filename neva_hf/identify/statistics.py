@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from neva_hf.errors import NeVAError
+
 
 @dataclass
 class Statistics:
@@ -55,7 +57,13 @@ class Statistics:
         )
 
     def add(self, other: Statistics) -> None:
-        """Adds the sums of another pass over other scenarios, in place."""
+        """Adds the sums of another pass over other scenarios, in place.
+
+        Raises:
+            `NeVAError`: If they are of other values or another model.
+        """
+        if (self.values, self.modules) != (other.values, other.modules):
+            raise NeVAError("Only statistics of the same values in the same model can be added up.")
         self.gradient += other.gradient
         self.difference += other.difference
         self.count += other.count

@@ -64,9 +64,14 @@ class Scenario:
 
     def __post_init__(self) -> None:
         _check_text(self.question, "`question`")
+        # `datasets` fills fields and replies that a scenario does not have with None.
+        for name in ("id", "domain", "form"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, "")
+            elif not isinstance(getattr(self, name), str):
+                raise NeVAError(f"`{name}` must be some text, got {getattr(self, name)!r:.80}.")
         if not isinstance(self.replies, Mapping):
             raise NeVAError("`replies` must map each value to a reply, such as {'power': '...', 'security': '...'}.")
-        # `datasets` fills replies that a scenario does not have with None.
         replies = {key: reply for key, reply in self.replies.items() if reply is not None}
         if len(replies) < 2:
             raise NeVAError(f"`replies` must hold at least two replies to contrast, got {len(replies)}.")
@@ -106,6 +111,7 @@ def load_scenarios(
     3
     ```
     """
+    _check_limit(limit)
     path = Path(__file__).parent / str(name_or_path) if name_or_path in SCENARIO_SETS else Path(name_or_path)
     if path.is_dir():
         if split is not None and not (path / f"{split}.jsonl").is_file():
@@ -124,8 +130,6 @@ def load_scenarios(
     scenarios = [scenario for file in files for scenario in _read(file)]
     if not scenarios:
         raise NeVAError(f"{name_or_path} holds no scenarios.")
-    if limit is not None and limit < 1:
-        raise NeVAError(f"`limit` must be at least 1, got {limit}.")
     return scenarios[:limit]
 
 
@@ -152,8 +156,9 @@ def load_neutral_texts(split: str = "calibration", limit: int | None = None) -> 
     """
     if split not in NEUTRAL_SPLITS:
         raise NeVAError(f"There is no neutral text {split!r}: choose one of {list(NEUTRAL_SPLITS)}.")
-    lines = (Path(__file__).parent / "neutral" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines][:limit]
+    _check_limit(limit)
+    lines = _lines(Path(__file__).parent / "neutral" / f"{split}.jsonl")
+    return [json.loads(line)["text"] for line in lines if line.strip()][:limit]
 
 
 def scenario_values(scenarios: Iterable[Scenario]) -> list[str]:
@@ -176,17 +181,15 @@ def scenarios_hash(scenarios: Sequence[Scenario]) -> str:
 def _read(path: Path) -> list[Scenario]:
     scenarios: list[Scenario] = []
     seen: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise NeVAError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            loaded: Any = json.loads(line)
-        except ValueError as error:
+            loaded: Any = json.loads(line, object_pairs_hook=_without_repeats)
+        except NeVAError as error:
+            raise NeVAError(f"{where}: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise NeVAError(f"{where}: not valid JSON ({error}).") from error
         if not isinstance(loaded, dict):
             raise NeVAError(f"{where}: expected a JSON object with `question` and `replies`.")
@@ -204,6 +207,28 @@ def _read(path: Path) -> list[Scenario]:
         seen[scenario.id] = number
         scenarios.append(scenario)
     return scenarios
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines(), which also cuts at characters that may stand inside of a JSON text, such as U+2028.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise NeVAError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; a key that stands twice would silently lose what stood there first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise NeVAError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} stands twice.")
+    return found
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise NeVAError(f"`limit` must be at least 1, got {limit}.")
 
 
 def _check_text(text: object, what: str) -> None:
