@@ -102,6 +102,12 @@ if typer is not None:
         ] = None,
         neurons: Annotated[int, typer.Option(min=1, help="How many neurons per value.")] = 200,
         score: Annotated[str, typer.Option(help="How neurons are scored.")] = "attribution",
+        leakage_penalty: Annotated[
+            float,
+            typer.Option(
+                min=0.0, help="0: the highest scores. Above 0: keep the other values still (1 is good; slower)."
+            ),
+        ] = 0.0,
         limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many scenarios.")] = None,
         target_kl: Annotated[
             float, typer.Option(help="KL divergence from the base model at strength 1, in nats per token.")
@@ -146,6 +152,7 @@ if typer is not None:
                 values=_names(values) if values else None,
                 neurons=neurons,
                 score=score,
+                leakage_penalty=leakage_penalty,
                 target_kl=target_kl,
                 value_system=definitions,
                 progress=show_progress(console),

@@ -255,8 +255,8 @@ class NeVAConfig(PeftConfig):
             return self.neurons
         if module_name not in self.neurons:
             raise NeVAError(
-                f"`target_modules` matches {module_name!r}, but `neurons` does not say how many neurons to edit there. "
-                f"Name it in `neurons`, or give one number for all modules."
+                f"{module_name!r} is to be edited, but `neurons` does not say how many of its neurons. Name it in "
+                "`neurons`, or give one number for all modules."
             )
         return self.neurons[module_name]
 

@@ -214,8 +214,8 @@ class NeuronMap:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the map as a PEFT adapter.
 
-        Both files are written elsewhere first, and the config is put in place last: a reader, or whoever comes after a
-        crash, finds a whole map or none.
+        Both files are written elsewhere first, and the config is put in place last: whoever comes after a crash finds a
+        whole map or none.
 
         Args:
             folder (`str` or `os.PathLike`): Made if it is not there.
@@ -401,6 +401,13 @@ def read_modules(path: str | os.PathLike[str], config: NeVAConfig) -> dict[str, 
         missing = [key for key in ("index", "shift") if key not in tensors]
         if missing:
             raise NeVAError(f"The neuron map has no neva_{missing[0]} for {module!r}; it is damaged.")
+        if tensors["index"].numel() != config.neurons_in(module):
+            raise NeVAError(
+                f"{path.name} edits {tensors['index'].numel()} neurons of {module!r}, its config says "
+                f"{config.neurons_in(module)}: the two files are not of the same map."
+            )
+    if isinstance(config.neurons, dict) and config.neurons.keys() != found.keys():
+        raise NeVAError(f"{path.name} edits other modules than its config says: they are not of the same map.")
     return {module: ModuleEdits(**found[module]) for module in sorted(found, key=natural_order)}
 
 
@@ -427,7 +434,7 @@ def _check_module(name: str, edits: ModuleEdits, config: NeVAConfig) -> None:
     d_ff = (config.base or {}).get("intermediate_size")
     if isinstance(d_ff, int) and int(edits.index.max()) >= d_ff:
         raise NeVAError(f"neva_index of {name!r} names neuron {int(edits.index.max())}, but there are only {d_ff}.")
-    sizes = {key: (number_of_values, count) for key in ("shift", "gain", "gate_weight")}
+    sizes = dict.fromkeys(("shift", "gain", "gate_weight"), (number_of_values, count))
     sizes["gate_bias"] = (number_of_values,)
     for key, tensor in edits.tensors().items():
         if key == "index":

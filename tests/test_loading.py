@@ -309,18 +309,21 @@ def test_each_adapter_keeps_its_own_strengths() -> None:
     assert_same_bits(logits(model), first)
 
 
-@pytest.mark.parametrize("difference", [{"gate_probability": 0.6}, {"units": {"power": [3.0, 3.0]}}])
+@pytest.mark.parametrize("difference", [{"gate_probability": 0.6}, {"units": {"power": [3.0, 3.0]}}, {"seed": 5}])
 def test_switching_between_maps_of_one_shape_leaves_nothing_of_the_other(difference: dict[str, Any]) -> None:
-    base, model, _ = tiny_pair(gate=True)
+    base, model, first = tiny_pair(gate=True)
     second = random_map(base, gate=True, **difference)
     add_map(model, second, "second")
-    for name in ("default", "second"):
+    alone = {
+        name: logits(one.apply_to(tiny_model()), strengths={"power": 1.0})
+        for name, one in (("default", first), ("second", second))
+    }
+    assert not torch.equal(alone["default"], alone["second"])
+    for name in ("default", "second", "default", "second"):
         model.set_adapter(name)
         model.set_strengths(power=1.0)
-    got = logits(model)
-    assert_same_bits(got, logits(second.apply_to(tiny_model()), strengths={"power": 1.0}))
-    model.set_adapter("default")
-    assert not torch.equal(logits(model), got)
+        assert_same_bits(logits(model), alone[name])
+        assert_same_bits(logits(model, strengths={"power": 1.0}), alone[name])
 
 
 def test_a_deleted_adapter_leaves_no_edit() -> None:

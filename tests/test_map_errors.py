@@ -304,7 +304,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     ),
     "no neurons": (
         lambda t: t.update({FIRST + "neva_index": torch.zeros(0, dtype=torch.int32)}),
-        r"neva_index of .* must be a list of int32, got int32 \[0\]",
+        r"edits 0 neurons of .*, its config says 6: the two files are not of the same map",
     ),
     "a flat shift": (
         lambda t: t.update({FIRST + "neva_shift": t[FIRST + "neva_shift"].flatten()}),
@@ -330,7 +330,11 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         lambda t: t.update({"base_model.model..neva_shift": torch.zeros(3, 6)}),
         r"has no neva_index for ''; it is damaged",
     ),
-    "nothing": (lambda t: t.clear(), r"A neuron map needs at least one edited module"),
+    "a module less": (
+        lambda t: [t.pop(name) for name in list(t) if name.startswith(FIRST)],
+        r"edits other modules than its config says: they are not of the same map",
+    ),
+    "nothing": (lambda t: t.clear(), r"edits other modules than its config says"),
 }
 
 
@@ -347,6 +351,27 @@ def test_tensors_that_the_config_does_not_announce_are_refused(folder: Path) -> 
     change_config(folder, use_gain=False)
     with pytest.raises(NeVAError, match="do not fit use_gain=False and use_gate=True of the config"):
         load_map(folder)
+
+
+def test_the_weights_of_another_map_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = random_map(tiny_model(), gain=True, gate=True, neurons=5).save_pretrained(tmp_path / "other")
+    (other / WEIGHTS).replace(folder / WEIGHTS)
+    with pytest.raises(NeVAError, match="edits 5 neurons of 'model.layers.0.mlp.down_proj', its config says 6"):
+        load_map(folder)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({}, "needs at least one edited module"),
+        ({"": edits()}, "each needs a name"),
+        ({"a": edits(index=torch.zeros(0, dtype=torch.int32))}, r"must be a list of int32, got int32 \[0\]"),
+        ({"a": edits(index=torch.arange(2))}, r"must be a list of int32, got int64 \[2\]"),
+    ],
+)
+def test_maps_that_are_made_in_memory_are_checked_too(modules: dict[str, ModuleEdits], message: str) -> None:
+    with pytest.raises(NeVAError, match=message):
+        NeuronMap(NeVAConfig(values=["power"]), modules)
 
 
 # Config fields.
@@ -436,7 +461,7 @@ def test_more_neurons_than_a_module_has_are_refused() -> None:
 
 def test_a_module_without_its_number_of_neurons_is_refused() -> None:
     config = NeVAConfig(values=["power"], neurons={"model.layers.0.mlp.down_proj": 2}, target_modules=["down_proj"])
-    with pytest.raises(NeVAError, match=r"`target_modules` matches 'model\.layers\.1.*', but `neurons` does not say how"):
+    with pytest.raises(NeVAError, match=r"'model\.layers\.1.*' is to be edited, but `neurons` does not say how many"):
         get_peft_model(tiny_model(), config)
 
 

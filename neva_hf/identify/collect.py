@@ -152,4 +152,6 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
         statistics.mean[layer] += taps.sums[layer].cpu()
         statistics.square[layer] += taps.squares[layer].cpu()
     statistics.count[rows] += 1
+    opposed = torch.tensor([f"-{statistics.values[number]}" in encoded.keys for number in rows])
+    statistics.rivals[rows] += torch.where(opposed, 0, (table < 0).sum(1)).double()
     statistics.tokens += float(encoded.mask[:, 1:].sum())

@@ -15,20 +15,23 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neva_hf._version import __version__
-from neva_hf.architectures import describe_base
+from neva_hf.architectures import describe_base, find_down_projections
 from neva_hf.config import NeVAConfig, check_value_names
 from neva_hf.dial import neva_layers
 from neva_hf.errors import NeVAError
+from neva_hf.layer import layer_sizes
 from neva_hf.measure import Progress, no_progress
 from neva_hf.model import NeVAModel
 from neva_hf.neuron_map import NeuronMap
 from neva_hf.scenarios import Scenario, load_neutral_texts, load_scenarios, scenario_values, scenarios_hash
 from neva_hf.values import ValueSystem
 
+from .balance import balanced_scores, balanced_shifts
 from .calibrate import TARGET_KL, calibrate
 from .collect import collect, left_as_it_was
 from .score import SCORES, Scored
-from .select import build_map, middle_layers, top_neurons
+from .select import build_map, check_request, middle_layers, top_neurons
+from .sensitivity import fisher_samples
 from .statistics import Statistics
 
 
@@ -40,6 +43,7 @@ def identify_neurons(
     values: Sequence[str] | None = None,
     neurons: int = 200,
     score: str | Callable[[Statistics], Scored] = "attribution",
+    leakage_penalty: float = 0.0,
     layers: Sequence[int] | None = None,
     neutral_texts: Sequence[str] | None = None,
     target_kl: float = TARGET_KL,
@@ -57,6 +61,10 @@ def identify_neurons(
         values (`Sequence[str]`, *optional*): Which values; all that the scenarios contrast when `None`.
         neurons (`int`): How many neurons per value.
         score (`str` or callable): The name of a score (`"attribution"`), or a function from statistics to scores.
+        leakage_penalty (`float`):
+            0 takes the neurons with the highest scores, shifted as they are scored. Above 0, neurons and shifts are
+            chosen so that the other values of the scenarios stay where they are, for the least KL divergence (see
+            [`balanced_shifts`]); 1 is a good compromise. It takes another pass over the neutral texts.
         layers (`Sequence[int]`, *optional*): The layers that take part; from 20% to 95% of the depth when `None`.
         neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
         target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.
@@ -92,10 +100,25 @@ def identify_neurons(
         raise NeVAError(f"There is no score {score!r}: choose one of {sorted(SCORES)}, or pass a function.")
     scoring = SCORES[score] if isinstance(score, str) else score
 
-    statistics = collect(model, tokenizer, scenarios, values, progress=progress)
+    # What is wrong with the request is said before the long pass, not after it.
+    projections = find_down_projections(model)
+    layers = middle_layers(len(projections)) if layers is None else list(layers)
+    check_request(neurons, layers, len(projections), min(layer_sizes(module)[0] for module in projections.values()))
+
+    if not 0 <= leakage_penalty <= 1e6:
+        raise NeVAError(f"`leakage_penalty` must be 0 or a positive number, got {leakage_penalty!r}.")
+
+    # Values that are not asked for are kept still as well.
+    heard = [value for value in scenario_values(scenarios) if value not in values] if leakage_penalty > 0 else []
+    statistics = collect(model, tokenizer, scenarios, [*values, *heard], progress=progress)
     scored = scoring(statistics)
-    layers = middle_layers(len(statistics.modules)) if layers is None else list(layers)
-    chosen = top_neurons(scored.score, neurons, layers)
+    if leakage_penalty > 0:
+        samples = fisher_samples(model, tokenizer, texts, progress=progress)
+        scores = balanced_scores(statistics, samples, len(values), leakage_penalty, layers)
+        chosen = top_neurons(scores, neurons, layers)
+        scored = Scored(scores, balanced_shifts(statistics, samples, chosen, leakage_penalty, layers))
+    else:
+        chosen = top_neurons(scored.score, neurons, layers)
     config = NeVAConfig(
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
         values=values,
@@ -104,6 +127,7 @@ def identify_neurons(
         provenance={
             "method": "neva",
             "score": score if isinstance(score, str) else getattr(score, "__name__", "function"),
+            "leakage_penalty": leakage_penalty,
             "neurons": neurons,
             "layers": layers,
             "target_kl": target_kl,

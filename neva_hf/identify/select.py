@@ -35,6 +35,24 @@ def middle_layers(layers: int) -> list[int]:
     return [layer for layer in range(layers) if 0.2 <= (layer + 0.5) / layers < 0.95] or list(range(layers))
 
 
+def check_request(neurons: int, layers: Sequence[int], depth: int, width: int) -> None:
+    """Refuses layers that a model does not have, and more neurons than there are in them.
+
+    Args:
+        neurons (`int`): How many per value.
+        layers (`Sequence[int]`): Which layers take part.
+        depth (`int`): How many layers the model has.
+        width (`int`): How many neurons each has.
+
+    Raises:
+        `NeVAError`: If there are no such layers or not so many neurons.
+    """
+    if not layers or not all(0 <= layer < depth for layer in layers):
+        raise NeVAError(f"`layers` must be numbers from 0 to {depth - 1}, got {list(layers)}.")
+    if not 1 <= neurons <= len(set(layers)) * width:
+        raise NeVAError(f"`neurons` must be 1 to {len(set(layers)) * width} for these layers, got {neurons}.")
+
+
 def top_neurons(score: torch.Tensor, neurons: int, layers: Sequence[int]) -> torch.Tensor:
     """The highest-scoring neurons of each value.
 
@@ -50,10 +68,7 @@ def top_neurons(score: torch.Tensor, neurons: int, layers: Sequence[int]) -> tor
         `NeVAError`: If a layer does not exist, there are not so many neurons, or no neuron of a value scores.
     """
     values, depth, width = score.shape
-    if not layers or not all(0 <= layer < depth for layer in layers):
-        raise NeVAError(f"`layers` must be numbers from 0 to {depth - 1}, got {list(layers)}.")
-    if not 1 <= neurons <= len(set(layers)) * width:
-        raise NeVAError(f"`neurons` must be 1 to {len(set(layers)) * width} for these layers, got {neurons}.")
+    check_request(neurons, layers, depth, width)
     open_layers = torch.zeros(depth, dtype=torch.bool)
     open_layers[list(layers)] = True
     candidates = torch.where(open_layers[None, :, None] & (score > 0), score, -torch.inf).flatten(1)

@@ -24,6 +24,8 @@ class Statistics:
             respect to a constant shift of the neuron over the replies' tokens.
         difference (`torch.Tensor`): `[V, L, N]`: the sum of the same contrast of the neuron's mean activations.
         count (`torch.Tensor`): `[V]`: in how many scenarios the value took part.
+        rivals (`torch.Tensor`): `[V]`: the sum over those scenarios of how many other values' replies its reply was held
+            against (0 where it was held against its own opposite).
         mean (`torch.Tensor`): `[L, N]`: sum over replies' tokens of the activation.
         square (`torch.Tensor`): `[L, N]`: sum over replies' tokens of its square.
         tokens (`float`): The number of those tokens.
@@ -34,6 +36,7 @@ class Statistics:
     gradient: torch.Tensor
     difference: torch.Tensor
     count: torch.Tensor
+    rivals: torch.Tensor
     mean: torch.Tensor
     square: torch.Tensor
     tokens: float = 0.0
@@ -52,6 +55,7 @@ class Statistics:
             gradient=zero(*values_shape),
             difference=zero(*values_shape),
             count=zero(len(values)),
+            rivals=zero(len(values)),
             mean=zero(*shape),
             square=zero(*shape),
         )
@@ -67,6 +71,7 @@ class Statistics:
         self.gradient += other.gradient
         self.difference += other.difference
         self.count += other.count
+        self.rivals += other.rivals
         self.mean += other.mean
         self.square += other.square
         self.tokens += other.tokens
