@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .errors import NeVAError
-from .layer import layer_sizes
+from .projection import layer_sizes
 
 # Module name endings of the last projection of a decoder block's feed-forward network. The ones on the left of a pair
 # are looked for inside decoder blocks only, so that heads and adapters elsewhere are never taken.
@@ -26,7 +26,7 @@ DOWN_PROJECTIONS = (
 
 def text_config(model: nn.Module) -> Any:
     """The config that describes the decoder of a model, also of one that sees images."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

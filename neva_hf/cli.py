@@ -129,6 +129,7 @@ if typer is not None:
         from .errors import NeVAError
         from .identify import identify_neurons
         from .identify.calibrate import check_target_kl
+        from .identify.parallel import processes
         from .scenarios import load_scenarios
         from .values import load_value_system
 
@@ -155,9 +156,15 @@ if typer is not None:
                 leakage_penalty=leakage_penalty,
                 target_kl=target_kl,
                 value_system=definitions,
+                # (what a killed run has done is taken up by the next one with the same scenarios)
+                checkpoint=output / ".pass",
                 progress=show_progress(console),
             )
+            if processes()[0] > 0:
+                return
             neuron_map.save_pretrained(output)
+            for finished in output.glob(".pass.*"):
+                finished.unlink()
         console.print(values_table(neuron_map))
         console.print(f"Saved to {output}. Try it with: neva chat {output}", markup=False, soft_wrap=True)
         if as_json:

@@ -11,7 +11,7 @@ import enum
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -143,6 +143,13 @@ class NeVAConfig(PeftConfig):
     ```
     """
 
+    if TYPE_CHECKING:  # the fields of PEFT's class, which has no types to check
+        peft_type: Any = None
+        task_type: Any = None
+        base_model_name_or_path: str | None = None
+        revision: str | None = None
+        inference_mode: bool = False
+
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "FFN down projections to edit; found from the architecture when None."}
     )
@@ -167,7 +174,7 @@ class NeVAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = NevaType.NEVA  # type: ignore[assignment]
+        self.peft_type = NevaType.NEVA
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
         self._check_target_modules()
@@ -216,10 +223,10 @@ class NeVAConfig(PeftConfig):
             )
 
     def _checked_neurons(self) -> int | dict[str, int]:
-        named = isinstance(self.neurons, Mapping)
-        if named and not (self.neurons and all(isinstance(name, str) and name for name in self.neurons)):
+        counts = list(self.neurons.values()) if isinstance(self.neurons, Mapping) else [self.neurons]
+        names = list(self.neurons) if isinstance(self.neurons, Mapping) else ["all modules"]
+        if not names or not all(isinstance(name, str) and name for name in names):
             raise NeVAError(f"`neurons` must map names of modules to numbers, got {self.neurons!r:.80}.")
-        counts = self.neurons.values() if isinstance(self.neurons, Mapping) else [self.neurons]
         for count in counts:
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_NEURONS_PER_MODULE:
                 raise NeVAError(

@@ -123,13 +123,13 @@ def set_strengths(model: nn.Module, strengths: Strengths | None = None, /, **by_
     >>> set_strengths(model, benevolence=1.0, power=-0.5)  # doctest: +SKIP
     ```
     """
-    strengths = joined(strengths, by_name)
-    if not isinstance(strengths, Mapping):
+    given = joined(strengths, by_name)
+    if not isinstance(given, Mapping):
         raise NeVAError(
             "Strengths that stay are one dict for all rows. For one dict per row pass them to the call: "
             "model.generate(..., strengths=[{...}, {...}])."
         )
-    tables = tables_for(model, strengths)
+    tables = tables_for(model, given)
     for layer in neva_layers(model):
         for adapter, table in tables.items():
             if adapter in layer.neva_strengths:

@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import NeVAConfig
 from .edit import Call, GeneralEdit, LayerEdit, add_folded, add_general, same_layout
 from .errors import NeVAError
+from .projection import can_fuse, columns, device_and_dtype, is_plain, layer_sizes, stored_weight, version
 from .strengths import scale_by_units
 
 
@@ -39,6 +40,11 @@ class NeVALayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("neva_shift", "neva_gain", "neva_gate_weight", "neva_gate_bias")
     other_param_names = ("neva_index", "neva_configs", "neva_strengths")
+
+    if TYPE_CHECKING:  # what PEFT's class tells, but nn.Module makes vague
+        base_layer: Any
+        active_adapters: list[str]
+        merged: bool
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: NeVAConfig, module_name: str) -> None:
         super().__init__()
@@ -169,32 +175,32 @@ class NeVALayer(nn.Module, BaseTunerLayer):
                 bias = folded if bias is None else bias + folded
             if bias is None:
                 return LayerEdit(general=tuple(general))
-            dtype = self._device_and_dtype()[1]
-            if bias.shape[0] == 1 and not general and self._can_fuse():
+            dtype = device_and_dtype(self.base_layer)[1]
+            if bias.shape[0] == 1 and not general and can_fuse(self.base_layer):
                 base_bias = self.base_layer.bias
                 total = bias[0] if base_bias is None else bias[0] + base_bias.float()
                 return LayerEdit(fused=total.to(dtype))
             return LayerEdit(bias=bias.to(dtype), general=tuple(general))
 
     def _general_edit(self, name: str, coefficients: torch.Tensor, use_gate: bool) -> GeneralEdit:
-        columns = self._keep(name, "columns", lambda: self._adapter_columns(name).to(self._device_and_dtype()[1]))
+        written = self._keep(name, "columns", lambda: self._columns(name).to(device_and_dtype(self.base_layer)[1]))
         untouched = (coefficients == 0).all(dim=1, keepdim=True)
         shared = len(coefficients) == 1 and not bool(untouched)
 
         def own(kind: str) -> torch.Tensor:
-            return self.tensor(kind, name).to(columns.device, torch.float32, copy=True)
+            return self.tensor(kind, name).to(written.device, torch.float32, copy=True)
 
         has_gain, gated = name in self.neva_gain, use_gate and name in self.neva_gate_weight
         return GeneralEdit(
-            index=self.tensor("index", name).to(columns.device, torch.int64),
-            columns=columns.clone(),  # `refresh` writes into it
-            coefficients=coefficients.to(columns.device),
+            index=self.tensor("index", name).to(written.device, torch.int64),
+            columns=written.clone(),  # `refresh` writes into it
+            coefficients=coefficients.to(written.device),
             shift=own("shift"),
             gain=own("gain") if has_gain else None,
             gate_weight=own("gate_weight") if gated else None,
             gate_bias=own("gate_bias") if gated else None,
             gate_logit=float(torch.logit(torch.tensor(self.neva_configs[name].gate_probability))),
-            untouched=None if shared else untouched.to(columns.device),
+            untouched=None if shared else untouched.to(written.device),
         )
 
     def fold(self, adapter_name: str) -> torch.Tensor:
@@ -208,9 +214,9 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         """
 
         def make() -> torch.Tensor:
-            columns = self._adapter_columns(adapter_name)
+            written = self._columns(adapter_name)
             # Copied, since matmuls of tensors at odd addresses (mapped from files) differ in their last bits.
-            return self.tensor("shift", adapter_name).to(columns.device, torch.float32, copy=True) @ columns
+            return self.tensor("shift", adapter_name).to(written.device, torch.float32, copy=True) @ written
 
         return self._keep(adapter_name, "fold", make)
 
@@ -225,20 +231,20 @@ class NeVALayer(nn.Module, BaseTunerLayer):
             `torch.Tensor`: With numbers, also where accelerate has offloaded the model.
         """
         tensors = getattr(self, f"neva_{kind}")
-        hook = getattr(tensors, "_hf_hook", None)
-        offloaded = hook is not None and tensors[adapter_name].is_meta
-        return hook.weights_map[adapter_name] if offloaded else tensors[adapter_name]
+        if tensors[adapter_name].is_meta and hasattr(tensors, "_hf_hook"):
+            return tensors._hf_hook.weights_map[adapter_name]
+        return tensors[adapter_name]
 
     def _keep(self, adapter_name: str, what: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` makes of an adapter and the base layer's weight, made again only when these change."""
-        sources = (self.neva_shift[adapter_name], self.neva_index[adapter_name], self._weight())
-        version = [_version(tensor) for tensor in sources]
-        if (adapter_name, what) not in self._kept or self._kept[adapter_name, what][0] != version:
+        sources = (self.neva_shift[adapter_name], self.neva_index[adapter_name], stored_weight(self.base_layer))
+        versions = [version(tensor) for tensor in sources]
+        if (adapter_name, what) not in self._kept or self._kept[adapter_name, what][0] != versions:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept[adapter_name, what] = (version, make())
+                self._kept[adapter_name, what] = (versions, make())
         return self._kept[adapter_name, what][1]
 
-    def _adapter_columns(self, adapter_name: str) -> torch.Tensor:
+    def _columns(self, adapter_name: str) -> torch.Tensor:
         index = self.tensor("index", adapter_name)
         lowest, highest = int(index.min()), int(index.max())
         if lowest < 0 or highest >= self.in_features:
@@ -246,33 +252,7 @@ class NeVALayer(nn.Module, BaseTunerLayer):
                 f"Adapter {adapter_name!r} edits neuron {lowest if lowest < 0 else highest} of {self.module_name!r}, "
                 f"which has only {self.in_features}: it was made for another model."
             )
-        return self.columns(index)
-
-    def columns(self, index: torch.Tensor) -> torch.Tensor:
-        """What a unit of each given input feature writes to the output.
-
-        Args:
-            index (`torch.Tensor`): Input features, `[k]`.
-
-        Returns:
-            `torch.Tensor`: Float32 `[k, hidden]`. Read from the weight where it is a plain one; else (quantized,
-            offloaded, or wrapped by another adapter) measured by running the base layer on one-hot rows.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            if self._is_plain():
-                weight = self.base_layer.weight
-                picked = index.to(weight.device, torch.int64)
-                rows = weight[picked] if isinstance(self.base_layer, Conv1D) else weight[:, picked].T
-                return rows.to(torch.float32, copy=True)
-            device, dtype = self._device_and_dtype()
-            nothing = torch.zeros(1, 1, self.in_features, device=device, dtype=dtype)
-            at_rest = self.base_layer(nothing)[0].float()
-            written = []
-            for chunk in index.to(device, torch.int64).split(256):
-                one_hot = nothing[0].repeat(len(chunk), 1)
-                one_hot[torch.arange(len(chunk), device=device), chunk] = 1
-                written.append(self.base_layer(one_hot[None])[0].float() - at_rest)
-            return torch.cat(written)
+        return columns(self.base_layer, index)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the edits at the strengths that are set on the model into the base layer's weight and bias.
@@ -295,7 +275,7 @@ class NeVALayer(nn.Module, BaseTunerLayer):
                 f"Adapter {gated[0]!r} has gates, which decide per token, so it cannot be merged into weights. "
                 "Keep it as an adapter, or make a map without gates."
             )
-        if dialled and not self._is_plain():
+        if dialled and not is_plain(self.base_layer):
             raise NeVAError(
                 f"{self.module_name!r} is a {type(self.base_layer).__name__} without a plain floating-point weight, "
                 "so edits cannot be merged into it. Load the base model without quantization to merge."
@@ -369,91 +349,20 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         self.refresh()
         return self
 
-    def _weight(self) -> torch.Tensor:
-        base = self.get_base_layer()
-        return base.weight if getattr(base, "weight", None) is not None else base.qweight
-
     def _on_meta(self) -> bool:
         """Whether there are no numbers yet, or none here because the base layer is offloaded."""
-        tensors = [self._weight(), *self.neva_shift.values()]
-        return any(tensor.device.type == "meta" for tensor in tensors) and not hasattr(self.base_layer, "_hf_hook")
-
-    def _is_plain(self) -> bool:
-        """Whether the base layer is a linear map whose weight can be read: not quantized, wrapped or offloaded."""
-        kind = type(self.base_layer)
-        # (FalconLinear is nn.Linear with its matmul and its addition as two steps; quantized ones are subclasses too.)
-        if kind not in (nn.Linear, Conv1D) and kind.__name__ != "FalconLinear":
-            return False
-        weight = self.base_layer.weight
-        plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
-        return plain and weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.device.type != "meta"
-
-    def _can_fuse(self) -> bool:
-        # Hooks on the base layer would be passed by when its matmul is made here.
-        base = self.base_layer
-        hooked = bool(base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
-        return type(base) is nn.Linear and self._is_plain() and not hooked
-
-    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Where and in what dtype the base layer computes."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is None or device.type == "meta":
-            hook = getattr(self.base_layer, "_hf_hook", None)
-            device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-            dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return device, dtype
+        tensors = [stored_weight(self.base_layer), *self.neva_shift.values()]
+        return any(tensor.is_meta for tensor in tensors) and not hasattr(self.base_layer, "_hf_hook")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own casts to the base layer's dtype as well; shifts are small and folded once, so they stay float32.
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if target is None or target.type == "meta":
+        target = device or stored_weight(self.base_layer).device
+        if target.type == "meta":
             return
         for name in (*self.adapter_layer_names, "neva_index"):
             tensors = getattr(self, name)
-            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+            if adapter_name in tensors and not tensors[adapter_name].is_meta:
                 tensors[adapter_name] = tensors[adapter_name].to(target)
 
     def __repr__(self) -> str:
         return "neva." + super().__repr__()
-
-
-def layer_sizes(base_layer: nn.Module) -> tuple[int, int]:
-    """The numbers of input and output features of a down projection.
-
-    Args:
-        base_layer (`nn.Module`): Linear, Conv1D, a quantized one, or one wrapped by another adapter.
-
-    Returns:
-        `tuple[int, int]`: (d_ff, hidden).
-
-    Raises:
-        `NeVAError`: If the module does not tell.
-
-    Example:
-
-    ```py
-    >>> from torch import nn
-    >>> from neva_hf.layer import layer_sizes
-    >>> layer_sizes(nn.Linear(64, 16))
-    (64, 16)
-    ```
-    """
-    while hasattr(base_layer, "base_layer"):
-        base_layer = base_layer.base_layer
-    if isinstance(base_layer, Conv1D):
-        return base_layer.weight.shape[0], base_layer.weight.shape[1]
-    for inputs, outputs in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        if hasattr(base_layer, inputs) and hasattr(base_layer, outputs):
-            return int(getattr(base_layer, inputs)), int(getattr(base_layer, outputs))
-    raise NeVAError(
-        f"{type(base_layer).__name__} does not tell its numbers of input and output features, so its inputs cannot be "
-        "edited. `target_modules` must name FFN down projections (linear layers)."
-    )
-
-
-def _version(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Changes whenever the tensor is replaced, moved, cast or written to."""
-    address = tensor.data_ptr() if type(tensor.data) is torch.Tensor else 0
-    written = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), address, written, tensor.device, tensor.dtype

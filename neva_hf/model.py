@@ -15,8 +15,8 @@ from .architectures import check_base, refuse_experts
 from .base import load_base
 from .dial import get_strengths, neva_layers, set_strengths, value_names
 from .errors import NeVAError
-from .layer import layer_sizes
 from .neuron_map import NeuronMap
+from .projection import layer_sizes
 from .strengths import RowStrengths, Strengths
 from .tuner import NeVATuner
 
@@ -45,7 +45,7 @@ class NeVAModel(PeftModelForCausalLM):
     base_model: NeVATuner
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         base_or_map: nn.Module | str | os.PathLike[str],
         neuron_map: str | os.PathLike[str] | NeuronMap | None = None,

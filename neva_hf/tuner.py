@@ -15,6 +15,7 @@ from .architectures import check_base, find_down_projections, refuse_experts
 from .config import NeVAConfig, NevaType
 from .errors import NeVAError
 from .layer import NeVALayer
+from .projection import is_plain
 from .strengths import RowStrengths, Strengths
 
 
@@ -112,7 +113,8 @@ class NeVATuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        if any(layer.get_base_layer().bias is None for layer in dial.neva_layers(self.model) if layer._is_plain()):
+        bases = [layer.base_layer for layer in dial.neva_layers(self.model) if is_plain(layer.base_layer)]
+        if any(base.bias is None for base in bases):
             warnings.warn(
                 "The base model's down projections have no bias; merging gives them one, in memory only: most "
                 "architectures drop it when the merged model is saved and loaded again. To share an edited model, "

@@ -72,9 +72,7 @@ def edit_row(x: torch.Tensor, neuron_map: NeuronMap, edits: ModuleEdits, strengt
 
 
 @contextmanager
-def edited(
-    model: nn.Module, *maps: tuple[NeuronMap, Row | Sequence[Row]], gate: bool = True
-) -> Iterator[nn.Module]:
+def edited(model: nn.Module, *maps: tuple[NeuronMap, Row | Sequence[Row]], gate: bool = True) -> Iterator[nn.Module]:
     """Edits a plain transformers model by maps at strengths, one dict for all rows or one per row.
 
     Beams and returned sequences repeat each row in place, so row b of a batch that grew n times belongs to b // n.

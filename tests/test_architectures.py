@@ -14,7 +14,7 @@ from torch import nn
 from neva_hf import NeVAConfig, NeVAError
 from neva_hf.architectures import decoder_blocks, describe_base, find_down_projections
 from neva_hf.dial import neva_layers
-from neva_hf.layer import layer_sizes
+from neva_hf.projection import layer_sizes
 
 NAMES = {
     "gpt2": "transformer.h.{}.mlp.c_proj",

@@ -149,7 +149,12 @@ NOTHING_DIALLED: dict[str, Callable[[Any], torch.Tensor]] = {
     "unloaded": lambda model: (model.set_strengths(EDITED), logits(model.unload()))[1],
     "merged at 0": lambda model: logits(model.merge_and_unload()),
     "merged and unmerged": after(
-        lambda model: (model.set_strengths(EDITED), model.merge_adapter(), model.unmerge_adapter(), model.set_strengths({}))
+        lambda model: (
+            model.set_strengths(EDITED),
+            model.merge_adapter(),
+            model.unmerge_adapter(),
+            model.set_strengths({}),
+        )
     ),
 }
 

@@ -194,3 +194,13 @@ def test_inductor_gives_the_edit() -> None:
     x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), model.strengths([{"power": 1.0, "hedonism": -1.0}, {}, {"security": -1.0}]):
         assert_near(run(x), layer(x))
+
+
+def test_strengths_in_the_call_of_a_compiled_model_are_right_too() -> None:
+    # Checking strengths breaks the graph (a context around the call does not), but may never change the numbers.
+    _, model, _ = tiny_pair()
+    run = torch.compile(model, backend="eager")
+    for strengths in (ROWS[0], {}):
+        with torch.no_grad():
+            got = run(**batch(), use_cache=False, strengths=strengths).logits
+        assert_near(got, eager(model, strengths=strengths))

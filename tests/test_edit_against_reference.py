@@ -228,9 +228,7 @@ def test_a_context_dials_every_decode_step(architecture: str, mode: str, kind: s
 @pytest.mark.parametrize("how", ["assistant model", "prompt lookup"])
 @pytest.mark.parametrize("as_rows", [False, True])
 @pytest.mark.parametrize("architecture", ALL_MODES_ON)
-def test_assisted_generation_is_edited_like_plain_hooks(
-    architecture: str, how: str, as_rows: bool, kind: str
-) -> None:
+def test_assisted_generation_is_edited_like_plain_hooks(architecture: str, how: str, as_rows: bool, kind: str) -> None:
     base, model, neuron_map = tiny_pair(architecture, **KINDS[kind])
     # Repeated tokens give the prompt lookup something to find.
     inputs = {"input_ids": batch(rows=1)["input_ids"].repeat(1, 2)}

@@ -745,3 +745,38 @@ def test_one_scenario_gives_each_value_its_own_contrast() -> None:
     torch.testing.assert_close(statistics.gradient.sum(0), torch.zeros(LAYERS, D_FF).double(), atol=1e-7, rtol=0)
     keys = list(SCENARIOS[0].replies)
     assert [contrast(keys, value) for value in keys] == [[1, -0.5, -0.5], [-0.5, 1, -0.5], [-0.5, -0.5, 1]]
+
+
+def test_the_other_scores_are_what_they_say() -> None:
+    statistics = statistics_of(torch.full(SHAPE, 2.0), torch.full(SHAPE, -3.0))
+    statistics.tokens += 1
+    statistics.scenarios += 1
+    statistics.square += 4.0
+    statistics.spread += 9.0
+    statistics.activity += -0.25
+    for name, score, shift in (("gradient", 4.0, 8.0), ("contrast", 1.0, -3.0), ("probability", 0.25, -3.0)):
+        scored = SCORES[name](statistics)
+        torch.testing.assert_close(scored.score, torch.full(SHAPE, score))
+        torch.testing.assert_close(scored.shift, torch.full(SHAPE, shift))
+
+
+@some_architectures
+def test_spread_and_activity_are_those_of_slow_activations(architecture: str) -> None:
+    model = tiny_reader(architecture)
+    scenario = SCENARIOS[0]
+    slow = slow_activations(model, scenario)
+    statistics = collect(model, tiny_tokenizer(), [scenario], VALUES)
+    means = torch.stack([slow[key].mean(1) for key in scenario.replies])
+    torch.testing.assert_close(statistics.deviation(), means.std(0).float(), rtol=1e-3, atol=1e-5)
+    shares = torch.stack([(slow[key] > 0).float().mean(1) for key in scenario.replies])
+    value = VALUES[0]
+    weights = torch.tensor(contrast(list(scenario.replies), value))
+    expected = torch.einsum("r,rln->ln", weights, shares)
+    torch.testing.assert_close(statistics.mean_activity()[0], expected.float())
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_every_score_gives_a_calibrated_map(score: str) -> None:
+    found = identify(score=score)
+    assert found.config.provenance["score"] == score
+    assert set(found.config.units) == set(found.values)

@@ -192,9 +192,7 @@ def test_the_base_model_that_was_given_keeps_its_bits_and_its_flags(tmp_path: Pa
     saved = save(tmp_path)
     for way in ("PeftModel.from_pretrained", "NeVAModel of base and folder", "AutoPeftModel"):
         base, model = saved.load_base(), WAYS[way](saved)
-        for (_, wanted), (_, found) in zip(
-            base.named_parameters(), model.unload().named_parameters(), strict=True
-        ):
+        for (_, wanted), (_, found) in zip(base.named_parameters(), model.unload().named_parameters(), strict=True):
             assert torch.equal(found, wanted)
             assert found.requires_grad == wanted.requires_grad
 
@@ -239,7 +237,9 @@ def test_peft_writes_the_same_files_as_the_map(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("when", ["base in low precision", "model cast later"])
-@pytest.mark.parametrize("way", ["PeftModel.from_pretrained", "transformers load_adapter", "NeVAModel of base and map"])
+@pytest.mark.parametrize(
+    "way", ["PeftModel.from_pretrained", "transformers load_adapter", "NeVAModel of base and map"]
+)
 def test_maps_stay_float32_to_the_bit_in_models_of_lower_precision(
     way: str, when: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -268,7 +268,16 @@ def test_the_config_survives_the_round_trip(tmp_path: Path) -> None:
     )
     config = PeftConfig.from_pretrained(str(saved.map))
     assert isinstance(config, NeVAConfig)
-    for field in ("values", "units", "ranges", "default_strengths", "provenance", "measurements", "value_system", "base"):
+    for field in (
+        "values",
+        "units",
+        "ranges",
+        "default_strengths",
+        "provenance",
+        "measurements",
+        "value_system",
+        "base",
+    ):
         assert getattr(config, field) == getattr(saved.neuron_map.config, field)
     assert config.neurons == dict.fromkeys(saved.neuron_map.modules, 6)
 
@@ -574,7 +583,9 @@ def test_loading_other_numbers_into_a_dialled_model_is_seen_at_once() -> None:
     other = random_map(base, seed=77)
     set_peft_model_state_dict(model, other.state_dict())
     assert_same_bits(logits(model), logits(other.apply_to(tiny_model()), strengths=DIAL))
-    assert_same_bits(logits(model, strengths={"power": 1.0}), logits(other.apply_to(tiny_model()), strengths={"power": 1.0}))
+    assert_same_bits(
+        logits(model, strengths={"power": 1.0}), logits(other.apply_to(tiny_model()), strengths={"power": 1.0})
+    )
 
 
 def test_using_a_map_leaves_the_map_as_it_was() -> None:

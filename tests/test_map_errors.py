@@ -81,7 +81,9 @@ def test_a_map_for_a_model_of_another_shape_is_refused(loader: str, what: str, t
     neuron_map.save_pretrained(tmp_path)
     base = tiny_model(**overrides)
     before = base.state_dict()
-    with pytest.raises(NeVAError, match=rf"made for another model \(llama\): in LlamaForCausalLM, {message}\. Load the"):
+    with pytest.raises(
+        NeVAError, match=rf"made for another model \(llama\): in LlamaForCausalLM, {message}\. Load the"
+    ):
         LOADERS[loader](base, neuron_map, tmp_path)
     assert not neva_hf.dial.neva_layers(base)
     assert base.state_dict().keys() == before.keys()
@@ -103,7 +105,9 @@ def test_a_map_for_modules_of_other_names_is_refused(loader: str, tmp_path: Path
 
 def test_every_difference_is_named_at_once() -> None:
     neuron_map = random_map(tiny_model())
-    with pytest.raises(NeVAError, match="hidden_size is 64, the map needs 32; intermediate_size is 128, the map needs 64"):
+    with pytest.raises(
+        NeVAError, match="hidden_size is 64, the map needs 32; intermediate_size is 128, the map needs 64"
+    ):
         neuron_map.apply_to(tiny_model(hidden_size=64, intermediate_size=128, head_dim=16))
 
 
@@ -114,7 +118,9 @@ def test_neurons_beyond_the_width_of_the_model_are_refused(loader: str, tmp_path
     neuron_map.modules["model.layers.1.mlp.down_proj"].index[2] = D_FF
     neuron_map.save_pretrained(tmp_path)
     base = tiny_model()
-    with pytest.raises(NeVAError, match=rf"edits neuron {D_FF} of 'model\.layers\.1\.mlp\.down_proj', which has only {D_FF}"):
+    with pytest.raises(
+        NeVAError, match=rf"edits neuron {D_FF} of 'model\.layers\.1\.mlp\.down_proj', which has only {D_FF}"
+    ):
         loaded = LOADERS[loader](base, neuron_map, tmp_path)
         # (PEFT and transformers copy what is in the file; it is looked at when it is used.)
         neva_hf.set_strengths(base if loader == "transformers" else loaded, {"power": 1.0})
@@ -146,7 +152,10 @@ def test_a_second_map_on_the_same_model_says_how_to_add_it() -> None:
         ("model.layers.0.mlp", r"LlamaMLP does not tell its numbers of input and output features"),
         ("model.embed_tokens", r"Embedding does not tell its numbers of input and output features"),
         ("model.layers.0.mlp.act_fn", r"does not tell its numbers of input and output features"),
-        ("model.layers.7.mlp.down_proj", r"it edits 'model\.layers\.7\.mlp\.down_proj', which LlamaForCausalLM does not"),
+        (
+            "model.layers.7.mlp.down_proj",
+            r"it edits 'model\.layers\.7\.mlp\.down_proj', which LlamaForCausalLM does not",
+        ),
     ],
 )
 def test_maps_of_modules_that_cannot_be_edited_are_refused(module: str, message: str) -> None:
@@ -180,7 +189,9 @@ def test_experts_that_are_named_by_hand_are_refused_too() -> None:
 def test_experts_in_a_list_are_refused_too() -> None:
     model = tiny_model()
     model.model.layers[1].mlp.experts = nn.ModuleList([nn.Linear(4, 4)])
-    with pytest.raises(NeVAError, match=r"'model\.layers\.1\.mlp\.experts' is a mixture of experts: .* in a list, and"):
+    with pytest.raises(
+        NeVAError, match=r"'model\.layers\.1\.mlp\.experts' is a mixture of experts: .* in a list, and"
+    ):
         get_peft_model(model, NeVAConfig(values=["power"], neurons=2))
 
 
@@ -206,18 +217,24 @@ def test_a_folder_without_a_map_says_which_file_is_missing(load: Any, tmp_path: 
 
 @each_loader
 def test_a_file_in_place_of_a_folder_is_refused(load: Any, folder: Path) -> None:
-    with pytest.raises(NeVAError, match=r"is a file; give the folder of a neuron map, or the id of a Hub repository\."):
+    with pytest.raises(
+        NeVAError, match=r"is a file; give the folder of a neuron map, or the id of a Hub repository\."
+    ):
         load(folder / WEIGHTS)
 
 
 @each_loader
 def test_a_path_that_is_not_there_and_no_repository_either_says_both(load: Any, tmp_path: Path) -> None:
-    with pytest.raises(NeVAError, match=r"There is no folder .*no/such/place.*, and it cannot be the id of a Hub reposit"):
+    with pytest.raises(
+        NeVAError, match=r"There is no folder .*no/such/place.*, and it cannot be the id of a Hub reposit"
+    ):
         load(tmp_path / "no/such/place")
 
 
 def test_a_repository_that_cannot_be_had_says_what_the_hub_said() -> None:
-    with pytest.raises(NeVAError, match=r"No neuron map was found at someone/no-such-map: there is no such folder, and"):
+    with pytest.raises(
+        NeVAError, match=r"No neuron map was found at someone/no-such-map: there is no such folder, and"
+    ):
         NeuronMap.from_pretrained("someone/no-such-map", local_files_only=True)
 
 
@@ -275,7 +292,9 @@ def test_damaged_weights_are_refused(load: Any, folder: Path, damage: str) -> No
 @each_loader
 def test_a_lora_adapter_is_named_as_what_it_is(load: Any, tmp_path: Path) -> None:
     get_peft_model(tiny_model(), LoraConfig(target_modules=["down_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(NeVAError, match=r"This is a PEFT adapter of the type 'LORA', not a neuron map \('NEVA'\)\. Load it"):
+    with pytest.raises(
+        NeVAError, match=r"This is a PEFT adapter of the type 'LORA', not a neuron map \('NEVA'\)\. Load it"
+    ):
         load(tmp_path)
 
 
@@ -290,8 +309,14 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         lambda t: t.update({FIRST + "neva_index": t[FIRST + "neva_index"].long()}),
         r"neva_index must be I32, got I64",
     ),
-    "nan": (lambda t: t[FIRST + "neva_shift"].fill_(float("nan")), r"neva_shift of .* holds numbers that are not finite"),
-    "inf": (lambda t: t[FIRST + "neva_gain"].fill_(float("inf")), r"neva_gain of .* holds numbers that are not finite"),
+    "nan": (
+        lambda t: t[FIRST + "neva_shift"].fill_(float("nan")),
+        r"neva_shift of .* holds numbers that are not finite",
+    ),
+    "inf": (
+        lambda t: t[FIRST + "neva_gain"].fill_(float("inf")),
+        r"neva_gain of .* holds numbers that are not finite",
+    ),
     "nan in the gate": (
         lambda t: t[FIRST + "neva_gate_bias"].fill_(float("nan")),
         r"neva_gate_bias of .* holds numbers that are not finite",
@@ -380,7 +405,10 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "values, none": ({"values": []}, r"`values` must hold 1 to 256 names, got 0"),
     "values, a text": ({"values": "power"}, r"`values` must be a list of names"),
     "values, twice": ({"values": ["power", "power"]}, r"these stand more often: \['power'\]"),
-    "values, a space": ({"values": ["self direction"]}, r"'self direction' cannot be the name of a value: use lower-case"),
+    "values, a space": (
+        {"values": ["self direction"]},
+        r"'self direction' cannot be the name of a value: use lower-case",
+    ),
     "values, upper case": ({"values": ["Power"]}, r"'Power' cannot be the name of a value"),
     "values, a line end": ({"values": ["power\n"]}, r"cannot be the name of a value"),
     "values, reserved": ({"values": ["gate"]}, r"'gate' cannot be the name of a value"),
@@ -394,10 +422,16 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "target_modules, a number": ({"target_modules": 5}, r"`target_modules` must be a list of module names"),
     "target_modules, numbers": ({"target_modules": ["a", 5]}, r"`target_modules` must hold names of modules"),
     "target_modules, none": ({"target_modules": []}, r"`target_modules` must hold names of modules"),
-    "target_modules, no pattern": ({"target_modules": "(mlp"}, r"must be a regular expression .*Give a list for names"),
+    "target_modules, no pattern": (
+        {"target_modules": "(mlp"},
+        r"must be a regular expression .*Give a list for names",
+    ),
     "use_gain": ({"use_gain": "yes"}, r"`use_gain` must be True or False, got 'yes'"),
     "use_gate": ({"use_gate": 1}, r"`use_gate` must be True or False, got 1"),
-    "gate_probability, low": ({"gate_probability": 0.4}, r"`gate_probability` must be between 0\.5 and 0\.999999, got 0\.4"),
+    "gate_probability, low": (
+        {"gate_probability": 0.4},
+        r"`gate_probability` must be between 0\.5 and 0\.999999, got 0\.4",
+    ),
     "gate_probability, 1": ({"gate_probability": 1.0}, r"`gate_probability` must be between 0\.5 and"),
     "gate_probability, a text": ({"gate_probability": "0.9"}, r"`gate_probability` must be between 0\.5 and"),
     "default_strengths, unknown": ({"default_strengths": {"x": 1}}, r"`default_strengths` names 'x', not one of this"),
@@ -408,20 +442,29 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "default_strengths, large": ({"default_strengths": {"value": 10**400}}, r"must be a number between -1e\+06 and"),
     "default_strengths, a bool": ({"default_strengths": {"value": True}}, r"must be a number between -1e\+06 and"),
     "default_strengths, a list": ({"default_strengths": ["value"]}, r"`default_strengths` must map values to numbers"),
-    "units, unknown": ({"units": {"x": [1, 1]}}, r"`units` names 'x', which is not one of this map's values \['value'\]"),
+    "units, unknown": (
+        {"units": {"x": [1, 1]}},
+        r"`units` names 'x', which is not one of this map's values \['value'\]",
+    ),
     "units, negative": ({"units": {"value": [-1, 1]}}, r"`units\['value'\]` must be two numbers between 0 and 1e\+06"),
     "units, one": ({"units": {"value": [1]}}, r"`units\['value'\]` must be two numbers"),
     "units, three": ({"units": {"value": [1, 1, 1]}}, r"`units\['value'\]` must be two numbers"),
     "units, nan": ({"units": {"value": [float("nan"), 1]}}, r"`units\['value'\]` must be two numbers"),
     "units, texts": ({"units": {"value": "11"}}, r"`units\['value'\]` must be two numbers"),
     "units, a list": ({"units": []}, r"`units` must map values to two numbers, got list"),
-    "ranges, without 0": ({"ranges": {"value": [1, 2]}}, r"`ranges\['value'\]` must hold 0 between its ends, got \[1, 2\]"),
+    "ranges, without 0": (
+        {"ranges": {"value": [1, 2]}},
+        r"`ranges\['value'\]` must hold 0 between its ends, got \[1, 2\]",
+    ),
     "ranges, a number": ({"ranges": {"value": 2}}, r"`ranges\['value'\]` must be two numbers"),
     "provenance": ({"provenance": []}, r"`provenance` must be a dictionary, got list"),
     "measurements": ({"measurements": None}, r"`measurements` must be a dictionary, got NoneType"),
     "value_system": ({"value_system": "schwartz"}, r"`value_system` must be a dictionary or None, got str"),
     "base": ({"base": []}, r"`base` must be a dictionary or None, got list"),
-    "base_model_name_or_path": ({"base_model_name_or_path": 5}, r"`base_model_name_or_path` must be a text or None, got int"),
+    "base_model_name_or_path": (
+        {"base_model_name_or_path": 5},
+        r"`base_model_name_or_path` must be a text or None, got int",
+    ),
     "revision": ({"revision": ["main"]}, r"`revision` must be a text or None, got list"),
 }
 
@@ -443,7 +486,9 @@ def test_the_same_fields_are_refused_in_files(folder: Path, what: str) -> None:
 
 def test_fields_of_a_newer_version_are_named(folder: Path) -> None:
     change_config(folder, use_magic=True)
-    with pytest.raises(NeVAError, match=r"fields that this version does not know: use_magic\. .*pip install -U neva-hf"):
+    with pytest.raises(
+        NeVAError, match=r"fields that this version does not know: use_magic\. .*pip install -U neva-hf"
+    ):
         load_map(folder)
 
 
@@ -455,7 +500,9 @@ def test_types_that_peft_does_not_know_are_refused(folder: Path, field: str, val
 
 
 def test_more_neurons_than_a_module_has_are_refused() -> None:
-    with pytest.raises(NeVAError, match=r"`neurons` asks for 65 neurons in 'model\.layers\.0\.mlp\.down_proj', which has"):
+    with pytest.raises(
+        NeVAError, match=r"`neurons` asks for 65 neurons in 'model\.layers\.0\.mlp\.down_proj', which has"
+    ):
         get_peft_model(tiny_model(), NeVAConfig(values=["power"], neurons=65))
 
 
@@ -473,7 +520,10 @@ def test_a_module_without_its_number_of_neurons_is_refused() -> None:
     [
         (lambda folder: NeVAModel.from_pretrained(tiny_model()), "A base model was given, but no neuron map"),
         (lambda folder: NeVAModel.from_pretrained("base", folder), "pass the loaded model first"),
-        (lambda folder: NeVAModel.from_pretrained(tiny_model(), folder, dtype="float32"), r"\['dtype'\] are for loading"),
+        (
+            lambda folder: NeVAModel.from_pretrained(tiny_model(), folder, dtype="float32"),
+            r"\['dtype'\] are for loading",
+        ),
         (lambda folder: NeVAModel.from_pretrained(folder), "does not name its base model: load that first"),
     ],
 )

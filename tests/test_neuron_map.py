@@ -122,9 +122,7 @@ def test_neurons_that_gates_only_read_stay() -> None:
         edits.shift[:, :4] = 0
     whole = neuron_map.apply_to(tiny_model())
     selected = neuron_map.select(["power"])
-    assert_near(
-        logits(selected.apply_to(base), strengths={"power": 1.0}), logits(whole, strengths={"power": 1.0})
-    )
+    assert_near(logits(selected.apply_to(base), strengths={"power": 1.0}), logits(whole, strengths={"power": 1.0}))
 
 
 def test_a_selected_map_is_a_copy() -> None:
@@ -141,7 +139,11 @@ def test_selecting_values_that_edit_nothing_says_so() -> None:
         edits.shift[0] = 0
     with pytest.raises(NeVAError, match="In this map power edits no neuron"):
         neuron_map.select(["power"])
-    for given, message in (([], "1 to 256 names"), ("power", "must be a list of names"), (["power"] * 2, "stand more")):
+    for given, message in (
+        ([], "1 to 256 names"),
+        ("power", "must be a list of names"),
+        (["power"] * 2, "stand more"),
+    ):
         with pytest.raises(NeVAError, match=message):
             neuron_map.select(given)
 

@@ -141,7 +141,7 @@ def test_a_users_folder_is_read_by_splits_or_whole(tmp_path: Path) -> None:
 
 
 def test_a_place_with_nothing_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(NeVAError, match=r"no scenarios at 'schwarz': give one of the shipped sets \['schwartz'\]"):
+    with pytest.raises(NeVAError, match=r"no scenarios at 'schwarz': give one of the shipped sets \['schwartz', 'big"):
         load_scenarios("schwarz")
     with pytest.raises(NeVAError, match=r"empty.jsonl holds no scenarios"):
         load_scenarios(write(tmp_path / "empty.jsonl", "", "  "))

@@ -65,8 +65,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "text": ({"power": "1"}, r"The strength of 'power' must be a number, got '1'\."),
     "None": ({"power": None}, r"The strength of 'power' must be a number, got None\."),
     "tensor": ({"power": torch.tensor(1.0)}, r"The strength of 'power' must be a number, got tensor\(1\.\)\."),
-    "a text for all": ("power", r"must be a dict such as \{'benevolence': 1\.0\} or a list with one dict per row, got str"),
-    "a number for all": (1.0, r"must be a dict such as \{'benevolence': 1\.0\} or a list with one dict per row, got float"),
+    "a text for all": (
+        "power",
+        r"must be a dict such as \{'benevolence': 1\.0\} or a list with one dict per row, got str",
+    ),
+    "a number for all": (
+        1.0,
+        r"must be a dict such as \{'benevolence': 1\.0\} or a list with one dict per row, got float",
+    ),
     "a set": ({"power"}, r"must be a dict such as \{'benevolence': 1\.0\} or a list with one dict per row, got set"),
 }
 
@@ -172,7 +178,9 @@ def test_a_strength_outside_the_calibrated_range_warns_and_works(way: str) -> No
         if "set_strengths" in way:
             WAYS[way](model, {"power": 2.5})
         else:
-            with pytest.raises(AssertionError) if way in ("strengths", "neva_hf.dialled") else warnings.catch_warnings():
+            with (
+                pytest.raises(AssertionError) if way in ("strengths", "neva_hf.dialled") else warnings.catch_warnings()
+            ):
                 WAYS[way](model, {"power": 2.5})
     with pytest.warns(UserWarning, match="The strength -1.6 of 'power' of row 0"), torch.no_grad():
         got = model(**batch(rows=2), strengths=[{"power": -1.6}, {}]).logits
@@ -212,7 +220,9 @@ def test_a_value_that_several_adapters_know_is_dialled_in_all_and_others_are_ref
 
 def test_a_model_without_a_map_says_how_to_load_one() -> None:
     for call in (neva_hf.set_strengths, neva_hf.get_strengths):
-        with pytest.raises(NeVAError, match=r"has no NeVA layers: load a neuron map first.*NeVAModel\.from_pretrained"):
+        with pytest.raises(
+            NeVAError, match=r"has no NeVA layers: load a neuron map first.*NeVAModel\.from_pretrained"
+        ):
             call(tiny_model())
 
 

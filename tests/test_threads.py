@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def together(jobs: list[Callable[[], Any]], rounds: int = ROUNDS) -> list[list[A
 
 def assert_as_alone(jobs: list[Callable[[], torch.Tensor]]) -> None:
     alone = [job() for job in jobs]
-    for first, second in zip(alone, alone[1:], strict=False):
+    for first, second in pairwise(alone):
         assert not torch.equal(first, second), "jobs that give the same would prove nothing"
     for wanted, got in zip(alone, together(jobs), strict=True):
         assert len(got) == ROUNDS

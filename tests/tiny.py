@@ -32,8 +32,8 @@ from transformers import (
 
 from neva_hf import NeuronMap, NeVAConfig, NeVAModel, Scenario
 from neva_hf.architectures import describe_base, find_down_projections
-from neva_hf.layer import layer_sizes
 from neva_hf.neuron_map import ModuleEdits
+from neva_hf.projection import layer_sizes
 
 VOCAB, HIDDEN, D_FF, LAYERS = 96, 32, 64, 2
 VALUES = ["benevolence", "power", "security"]

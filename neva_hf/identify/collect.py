@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from neva_hf.layer import layer_sizes
 from neva_hf.measure import EncodedScenario, Progress, contrast, encode, no_progress, reply_log_probs
 from neva_hf.scenarios import Scenario
 
+from .checkpoint import checkpoint_key, read_checkpoint, write_checkpoint
+from .parallel import add_up, processes, share
 from .statistics import Statistics
 
 
@@ -32,6 +35,7 @@ class _Taps:
     mask: torch.Tensor | None = None
     probes: dict[int, torch.Tensor] = field(default_factory=dict)
     means: dict[int, torch.Tensor] = field(default_factory=dict)
+    active: dict[int, torch.Tensor] = field(default_factory=dict)
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
     squares: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -51,6 +55,7 @@ def _tapped(modules: Sequence[nn.Module]) -> Iterator[_Taps]:
         # (in float32: sums of half-precision numbers lose digits)
         own = rows.detach().float() * mask
         taps.means[layer] = own.sum(1) / mask.sum(1)
+        taps.active[layer] = (own > 0).sum(1) / mask.sum(1)
         taps.sums[layer] = own.sum((0, 1)).double()
         taps.squares[layer] = own.square().sum((0, 1)).double()
         probe = torch.zeros(replies, 1, rows.shape[2], device=x.device, dtype=torch.float32, requires_grad=True)
@@ -74,6 +79,8 @@ def collect(
     scenarios: Sequence[Scenario],
     values: Sequence[str],
     *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 10,
     progress: Progress[Scenario] = no_progress,
 ) -> Statistics:
     """Runs the pass.
@@ -84,6 +91,8 @@ def collect(
         scenarios (`Sequence[Scenario]`): The scenarios.
         values (`Sequence[str]`): The values to keep sums for. Replies of other values take part as those that they are
             held against.
+        checkpoint (`Path`, *optional*): A file to write the sums to as they grow, and to go on from if it is there.
+        checkpoint_every (`int`): After how many scenarios.
         progress ([`Progress`]): Shows how far it is.
 
     Returns:
@@ -106,9 +115,15 @@ def collect(
             f"The FFNs of this model have different sizes ({sizes}), which identification does not handle yet."
         )
     statistics = Statistics.zeros(list(values), list(modules), sizes[0])
+    mine = share(scenarios)
+    path, key, done = None, "", 0
+    if checkpoint is not None:
+        path = checkpoint.with_name(f"{checkpoint.name}.{processes()[0]}")
+        key = checkpoint_key(str(getattr(model, "name_or_path", "")), scenarios, statistics)
+        done = read_checkpoint(path, statistics, key)
     with left_as_it_was(model), _tapped(list(modules.values())) as taps:
         model.requires_grad_(False).eval()
-        for scenario in progress(scenarios, "scenarios"):
+        for number, scenario in enumerate(progress(mine[done:], "scenarios"), start=done + 1):
             encoded = encode(tokenizer, scenario)
             if encoded.mask[:, :2].sum() < 2 * len(encoded.keys):
                 raise NeVAError(
@@ -116,6 +131,9 @@ def collect(
                     "before it is said. Write replies of a sentence or two."
                 )
             _add_scenario(model, encoded, taps, statistics)
+            if path is not None and number % checkpoint_every == 0:
+                write_checkpoint(path, statistics, number, key)
+    add_up(list(statistics.tensors().values()))
     return statistics
 
 
@@ -149,9 +167,12 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
     for layer, gradient in enumerate(gradients):
         statistics.gradient[rows, layer] += table @ gradient[:, 0].double().cpu()
         statistics.difference[rows, layer] += table @ taps.means[layer].double().cpu()
+        statistics.activity[rows, layer] += table @ taps.active[layer].double().cpu()
+        statistics.spread[layer] += taps.means[layer].double().var(0).cpu()
         statistics.mean[layer] += taps.sums[layer].cpu()
         statistics.square[layer] += taps.squares[layer].cpu()
     statistics.count[rows] += 1
     opposed = torch.tensor([f"-{statistics.values[number]}" in encoded.keys for number in rows])
     statistics.rivals[rows] += torch.where(opposed, 0, (table < 0).sum(1)).double()
+    statistics.scenarios += 1
     statistics.tokens += float(encoded.mask[:, 1:].sum())

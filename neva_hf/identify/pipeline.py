@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -48,11 +50,13 @@ def identify_neurons(
     neutral_texts: Sequence[str] | None = None,
     target_kl: float = TARGET_KL,
     value_system: ValueSystem | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress[Any] = no_progress,
 ) -> NeuronMap:
     """Finds the neurons that carry values in a model, and calibrates their edits.
 
-    One pass over the scenarios serves all values. The model is not changed.
+    One pass over the scenarios serves all values. The model is not changed. Under `accelerate launch` the processes share
+    the scenarios, and all end with the same map.
 
     Args:
         model (`nn.Module`): A causal language model of transformers, without adapters.
@@ -69,6 +73,8 @@ def identify_neurons(
         neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
         target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.
         value_system ([`ValueSystem`], *optional*): The definitions of the values, to go with the map.
+        checkpoint (`str` or `os.PathLike`, *optional*): A file that keeps the pass over the scenarios: a run that was
+            killed goes on from there and ends with the same map.
         progress ([`Progress`]): Shows how far it is.
 
     Returns:
@@ -110,7 +116,14 @@ def identify_neurons(
 
     # Values that are not asked for are kept still as well.
     heard = [value for value in scenario_values(scenarios) if value not in values] if leakage_penalty > 0 else []
-    statistics = collect(model, tokenizer, scenarios, [*values, *heard], progress=progress)
+    statistics = collect(
+        model,
+        tokenizer,
+        scenarios,
+        [*values, *heard],
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        progress=progress,
+    )
     scored = scoring(statistics)
     if leakage_penalty > 0:
         samples = fisher_samples(model, tokenizer, texts, progress=progress)

@@ -45,5 +45,59 @@ def attribution(statistics: Statistics) -> Scored:
     return Scored(score=statistics.mean_gradient() * difference, shift=difference)
 
 
-SCORES: dict[str, Callable[[Statistics], Scored]] = {"attribution": attribution}
+def gradient(statistics: Statistics) -> Scored:
+    """The neurons whose shift moves the margin most, whether or not the value makes them move.
+
+    With `g = J * s`, the derivative of the margin in units of the neuron's standard deviation s over tokens: score `|g|`,
+    shift `g * s`. (Ours; DESIGN section 6.)
+
+    Args:
+        statistics ([`Statistics`]): Sums of a pass.
+
+    Returns:
+        [`Scored`]: Scores in nats per token and standard deviation.
+    """
+    deviation = statistics.variance().sqrt()
+    slope = statistics.mean_gradient() * deviation
+    return Scored(score=slope.abs(), shift=slope * deviation)
+
+
+def contrast(statistics: Statistics) -> Scored:
+    """The neurons whose activation tells the value apart, whether or not they cause anything.
+
+    Score `|D| / s`, Cohen's d with the deviation s between replies to the same question; shift D, the mean activation
+    difference. CNA ranks by the mean difference, DPN-LE by mean difference and Cohen's d.
+
+    Args:
+        statistics ([`Statistics`]): Sums of a pass.
+
+    Returns:
+        [`Scored`]: Scores in standard deviations.
+    """
+    difference = statistics.mean_difference()
+    deviation = statistics.deviation()
+    return Scored(score=torch.where(deviation > 0, difference.abs() / deviation, 0.0), shift=difference)
+
+
+def probability(statistics: Statistics) -> Scored:
+    """The neurons that are active on more (or fewer) tokens of the value's replies.
+
+    Score `|P|`, the difference of the share of tokens at which the neuron's activation is above 0, as NPTI ranks (there
+    it is the activation function's output that is compared with 0); shift D, the mean activation difference.
+
+    Args:
+        statistics ([`Statistics`]): Sums of a pass.
+
+    Returns:
+        [`Scored`]: Scores from 0 to 1.
+    """
+    return Scored(score=statistics.mean_activity().abs(), shift=statistics.mean_difference())
+
+
+SCORES: dict[str, Callable[[Statistics], Scored]] = {
+    "attribution": attribution,
+    "gradient": gradient,
+    "contrast": contrast,
+    "probability": probability,
+}
 """All scores by name."""

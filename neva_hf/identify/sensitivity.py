@@ -21,6 +21,7 @@ from neva_hf.errors import NeVAError
 from neva_hf.measure import Progress, no_progress
 
 from .collect import left_as_it_was
+from .parallel import add_up, share
 
 
 def fisher_samples(
@@ -64,8 +65,8 @@ def fisher_samples(
     encoded = [ids for ids in encoded if ids.shape[1] > 1]
     if not encoded:
         raise NeVAError("The neutral texts hold fewer than two tokens.")
-    generator = torch.Generator().manual_seed(seed)
-    found: list[torch.Tensor] = []
+    found: torch.Tensor | None = None
+    passes = list(range((samples + 1) // 2))
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs))
         for layer, module in enumerate(modules)
@@ -73,7 +74,9 @@ def fisher_samples(
     try:
         with left_as_it_was(model):
             model.requires_grad_(False).eval()
-            for number in progress(range((samples + 1) // 2), "sensitivity"):
+            for number in progress(share(passes), "sensitivity"):
+                # Each pass draws by itself, so that it does not matter which process makes it.
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 ids = encoded[number % len(encoded)]
                 with torch.enable_grad():
                     log_probs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
@@ -82,15 +85,20 @@ def fisher_samples(
                     cumulated = log_probs.detach().exp().cumsum(-1)
                     drawn = (cumulated < uniform * cumulated[:, -1:]).sum(-1, keepdim=True)
                     told = log_probs.gather(1, drawn.clamp(max=log_probs.shape[1] - 1))[:, 0]
-                    for last in (False, True):
+                    for half in (0, 1):
                         signs = torch.randint(0, 2, (len(told),), generator=generator).to(device) * 2 - 1
                         gradients = torch.autograd.grad(
                             (told * signs).sum(),
                             [probes[layer] for layer in range(len(modules))],
-                            retain_graph=not last,
+                            retain_graph=half == 0,
                         )
-                        found.append(torch.stack([one.float().cpu() for one in gradients]) / len(told) ** 0.5)
+                        rows = torch.stack([one.float().cpu() for one in gradients]) / len(told) ** 0.5
+                        if found is None:
+                            found = torch.zeros(2 * len(passes), *rows.shape)
+                        found[2 * number + half] = rows
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(found[:samples])
+    assert found is not None
+    add_up([found])
+    return found[:samples]

@@ -6,7 +6,7 @@ taken up again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -23,23 +23,29 @@ class Statistics:
         gradient (`torch.Tensor`): `[V, L, N]`: per value the sum over scenarios of the derivative of its margin with
             respect to a constant shift of the neuron over the replies' tokens.
         difference (`torch.Tensor`): `[V, L, N]`: the sum of the same contrast of the neuron's mean activations.
+        activity (`torch.Tensor`): `[V, L, N]`: the sum of the same contrast of the share of tokens at which it is above 0.
+        spread (`torch.Tensor`): `[L, N]`: the sum over scenarios of the variance, between replies, of its mean activation.
         count (`torch.Tensor`): `[V]`: in how many scenarios the value took part.
         rivals (`torch.Tensor`): `[V]`: the sum over those scenarios of how many other values' replies its reply was held
             against (0 where it was held against its own opposite).
         mean (`torch.Tensor`): `[L, N]`: sum over replies' tokens of the activation.
         square (`torch.Tensor`): `[L, N]`: sum over replies' tokens of its square.
-        tokens (`float`): The number of those tokens.
+        tokens (`torch.Tensor`): `[]`: the number of those tokens.
+        scenarios (`torch.Tensor`): `[]`: the number of scenarios.
     """
 
     values: list[str]
     modules: list[str]
     gradient: torch.Tensor
     difference: torch.Tensor
+    activity: torch.Tensor
+    spread: torch.Tensor
     count: torch.Tensor
     rivals: torch.Tensor
     mean: torch.Tensor
     square: torch.Tensor
-    tokens: float = 0.0
+    tokens: torch.Tensor
+    scenarios: torch.Tensor
 
     @classmethod
     def zeros(cls, values: list[str], modules: list[str], neurons: int) -> Statistics:
@@ -54,10 +60,14 @@ class Statistics:
             modules=modules,
             gradient=zero(*values_shape),
             difference=zero(*values_shape),
+            activity=zero(*values_shape),
+            spread=zero(*shape),
             count=zero(len(values)),
             rivals=zero(len(values)),
             mean=zero(*shape),
             square=zero(*shape),
+            tokens=zero(),
+            scenarios=zero(),
         )
 
     def add(self, other: Statistics) -> None:
@@ -68,13 +78,14 @@ class Statistics:
         """
         if (self.values, self.modules) != (other.values, other.modules):
             raise NeVAError("Only statistics of the same values in the same model can be added up.")
-        self.gradient += other.gradient
-        self.difference += other.difference
-        self.count += other.count
-        self.rivals += other.rivals
-        self.mean += other.mean
-        self.square += other.square
-        self.tokens += other.tokens
+        theirs = other.tensors()
+        for name, tensor in self.tensors().items():
+            tensor += theirs[name]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All sums by name; changing them changes the statistics."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     def mean_gradient(self) -> torch.Tensor:
         """`[V, L, N]` float32: derivative of the margin with respect to a shift, in nats per token."""
@@ -84,7 +95,15 @@ class Statistics:
         """`[V, L, N]` float32: mean activation in the value's replies minus that in the competing ones."""
         return (self.difference / self.count.clamp(min=1)[:, None, None]).float()
 
+    def mean_activity(self) -> torch.Tensor:
+        """`[V, L, N]` float32: share of active tokens in the value's replies minus that in the competing ones."""
+        return (self.activity / self.count.clamp(min=1)[:, None, None]).float()
+
+    def deviation(self) -> torch.Tensor:
+        """`[L, N]` float32: standard deviation, between replies to the same question, of the mean activation."""
+        return (self.spread / self.scenarios.clamp(min=1)).sqrt().float()
+
     def variance(self) -> torch.Tensor:
         """`[L, N]` float32: variance of the activations over the replies' tokens."""
-        mean = self.mean / max(self.tokens, 1)
-        return (self.square / max(self.tokens, 1) - mean.square()).clamp(min=0).float()
+        mean = self.mean / self.tokens.clamp(min=1)
+        return (self.square / self.tokens.clamp(min=1) - mean.square()).clamp(min=0).float()

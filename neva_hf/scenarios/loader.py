@@ -22,7 +22,7 @@ from typing import Any
 
 from neva_hf.errors import NeVAError
 
-SCENARIO_SETS = ("schwartz",)
+SCENARIO_SETS = ("schwartz", "big_five")
 SPLITS = ("train", "dev", "test")
 NEUTRAL_SPLITS = ("calibration", "heldout")
 

@@ -1,0 +1,60 @@
+"""Several processes at one pass: each takes a share of the work, and sums add up.
+
+Under `accelerate launch` every process runs the same program; alone, a process gets all of the work and sums stay as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+
+Item = TypeVar("Item")
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    if not torch.distributed.is_available() or not _launched():
+        return 0, 1
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """This process's part of the work: every n-th item.
+
+    Example:
+
+    ```py
+    >>> from neva_hf.identify.parallel import share
+    >>> share([1, 2, 3])
+    [1, 2, 3]
+    ```
+    """
+    number, count = processes()
+    return list(items[number::count])
+
+
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Adds tensors over all processes, in place.
+
+    Args:
+        tensors (`Sequence[torch.Tensor]`): CPU tensors, of the same shapes in every process.
+    """
+    if processes()[1] == 1:
+        return
+    device = PartialState().device
+    for tensor in tensors:
+        moved = tensor.to(device)
+        torch.distributed.all_reduce(moved)
+        tensor.copy_(moved)
+
+
+def _launched() -> bool:
+    """Whether a launcher started this process: asking accelerate would set up its state in every ordinary program."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
