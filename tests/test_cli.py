@@ -207,7 +207,7 @@ def test_identify_refuses_in_one_line_and_leaves_nothing_behind(
     refused: list[tuple[list[object], str]] = [
         ([out, *base, "--scenarios", tmp_path / "bad.jsonl"], "bad.jsonl, line 1: `replies` must hold at least two"),
         ([out, *base, "--scenarios", nowhere], f"There are no scenarios at '{nowhere}'"),
-        ([out, *base, *mine, "--values", "power,hedonism"], "No scenario contrasts hedonism"),
+        ([out, *base, *mine, "--neurons", 8, "--values", "power,hedonism"], "No scenario contrasts hedonism"),
         ([out, *base, *mine, "--values", ","], "`values` must hold 1 to 256 names"),
         ([out, *base, *mine, "--score", "magic"], "There is no score 'magic'"),
         ([out, *base, *mine, "--neurons", 1000], "`neurons` must be 1 to 128"),
