@@ -56,7 +56,7 @@ def run_demo(
     *,
     map_source: str | None = None,
     values: Sequence[str] = ("benevolence", "stimulation"),
-    strengths: Sequence[float] = (-2.0, 2.0),
+    strengths: Sequence[float] = (-2.0, 1.0, 2.0),
     output: Path = Path("neva-demo-map"),
     max_new_tokens: int = 48,
 ) -> dict[str, Any]:

@@ -56,12 +56,12 @@ def test_the_demo_finds_two_values_saves_them_and_their_dials_do_what_they_say(
     assert all(sum(counts.values()) == 200 for counts in neuron_map.neuron_counts().values())
     assert neuron_map.config.value_system is not None
 
-    settings = [{value: strength} for value in VALUES for strength in (-2.0, 2.0)]
+    settings = [{value: strength} for value in VALUES for strength in (-2.0, 1.0, 2.0)]
     assert [effect["strengths"] for effect in told["effects"]] == settings
     for effect in told["effects"]:
         ((_, strength),) = effect["strengths"].items()
         assert effect["margin_shift"] * strength > 0
-        assert 0.05 < effect["kl"] < 0.8
+        assert 0.01 < effect["kl"] < 0.8
         assert 0.8 < effect["perplexity_ratio"] < 2
     (heard,) = told["answers"]
     assert heard["question"] == demo.QUESTIONS[0]
@@ -88,7 +88,7 @@ def test_a_map_that_is_given_is_not_searched_for(tiny_map: Path, monkeypatch: py
     told = run_demo(console(), map_source=str(tiny_map), values=["security", "stimulation"], max_new_tokens=2)
     assert told["map"] == str(tiny_map)
     assert told["values"] == ["security"]
-    assert [effect["strengths"] for effect in told["effects"]] == [{"security": -2.0}, {"security": 2.0}]
+    assert [effect["strengths"]["security"] for effect in told["effects"]] == [-2.0, 1.0, 2.0]
     # None of the values that were asked for: the map's first two.
     told = run_demo(console(), map_source=str(tiny_map), strengths=[1.0], max_new_tokens=2)
     assert told["values"] == ["power", "security"]
@@ -106,7 +106,7 @@ def test_the_effects_are_those_of_measuring_each_setting_alone(tiny_map: Path) -
 
 def test_a_value_of_which_the_scenarios_do_not_speak_is_heard_but_not_measured(tiny_map: Path) -> None:
     told = run_demo(console(), map_source=str(tiny_map), values=["humour"], max_new_tokens=2)
-    assert [effect["margin_shift"] for effect in told["effects"]] == [None, None]
+    assert [effect["margin_shift"] for effect in told["effects"]] == [None, None, None]
     assert all(effect["kl"] > 0 for effect in told["effects"])
 
 
