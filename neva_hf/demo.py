@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -77,6 +79,9 @@ def run_demo(
         `NeVAError`: If the map cannot be used.
     """
     started = time.time()
+    # A model as small as this one gains nothing from a second thread on two cores, and loses much where another program
+    # keeps one of them busy.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) // 2)))
     progress = show_progress(console)
     if map_source is None and output.is_file():
         raise NeVAError(f"{output} is a file; name a folder for the neuron map.")
