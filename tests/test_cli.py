@@ -10,6 +10,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +360,10 @@ def test_a_strength_outside_its_range_is_warned_about_in_one_line(map_folder: Pa
 
 def process(*arguments: object) -> subprocess.Popen[str]:
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([NEVA, *map(str, arguments)], text=True, bufsize=1, encoding="utf-8", **pipes)
+    # Under nohup or in the background SIGINT is ignored, and a child would inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [NEVA, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, bufsize=1, encoding="utf-8", preexec_fn=heard, **pipes)
 
 
 def test_a_process_that_is_refused_exits_with_1_and_one_line_and_no_traceback(tmp_path: Path) -> None:
