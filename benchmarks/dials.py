@@ -126,14 +126,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ends.append([ys[-1], value, colour])
     ends.sort(key=lambda end: end[0])
     span = ends[-1][0] - min(by_setting[value, xs[0]]["margin_shift"][value] for value in values)
-    heights = [end[0] for end in ends]
-    for place in range(1, len(heights)):  # labels must not lie on each other
-        heights[place] = max(heights[place], heights[place - 1] + span / 26)
-    for height, (_, value, colour) in zip(heights, ends, strict=True):
-        left.annotate(value.replace("_", "-"), (xs[-1] + 0.1, height), color=colour, va="center", fontsize=9)
+    # Labels stand in the order of the curves' ends, far enough from each other to be read.
+    step, middle = span / 21, float(np.mean([end[0] for end in ends]))
+    for place, (reached, value, colour) in enumerate(ends):
+        height = middle + step * (place - (len(ends) - 1) / 2)
+        left.plot([xs[-1] + 0.05, xs[-1] + 0.3], [reached, height], color=colour, linewidth=0.7)
+        left.annotate(value.replace("_", "-"), (xs[-1] + 0.35, height), color=colour, va="center", fontsize=9)
+    left.set_ylim(top=max(left.get_ylim()[1], middle + step * len(ends) / 2))
     left.axhline(0, color="0.7", linewidth=0.8)
     left.axvline(0, color="0.7", linewidth=0.8)
-    left.set_xlim(xs[0] - 0.1, xs[-1] + 1.5)
+    left.set_xlim(xs[0] - 0.1, xs[-1] + 1.6)
     left.set_xticks(xs)
     left.set_xlabel("strength of the dial (1 costs 0.05 nats/token of KL divergence)")
     left.set_ylabel("margin of the value, nats per token")
@@ -148,7 +150,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.set_yticks(range(len(values)), names, fontsize=9)
     right.set_xlabel("value observed")
     right.set_ylabel("value dialled to +1")
-    right.set_title("The others stay where they were")
+    right.set_title("The others hardly move")
     for row in range(len(values)):
         for column in range(len(values)):
             shade = "white" if abs(table[row, column]) > 0.6 * bound else "black"
