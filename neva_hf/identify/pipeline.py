@@ -31,10 +31,16 @@ from neva_hf.values import ValueSystem
 from .balance import balanced_scores, balanced_shifts
 from .calibrate import TARGET_KL, calibrate
 from .collect import collect, left_as_it_was
-from .score import SCORES, Scored
+from .dose import dose_curves
+from .gate import train_gates
+from .probe import with_logits_per_unit
+from .score import SCORES, Scored, probe
 from .select import build_map, check_request, middle_layers, top_neurons
 from .sensitivity import fisher_samples
 from .statistics import Statistics
+
+# Texts that the divergence in dose curves is measured on.
+_DOSE_TEXTS = 6
 
 
 def identify_neurons(
@@ -50,6 +56,8 @@ def identify_neurons(
     neutral_texts: Sequence[str] | None = None,
     target_kl: float = TARGET_KL,
     value_system: ValueSystem | None = None,
+    dose_scenarios: Sequence[Scenario] = (),
+    gates: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress[Any] = no_progress,
 ) -> NeuronMap:
@@ -73,6 +81,10 @@ def identify_neurons(
         neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
         target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.
         value_system ([`ValueSystem`], *optional*): The definitions of the values, to go with the map.
+        dose_scenarios (`Sequence[Scenario]`): Scenarios to measure dose curves on (see [`dose_curves`]), other ones than
+            those that the neurons are found in; they are saved as `measurements["dose"]`. None are measured without them.
+        gates (`bool`): Whether to train gates too (see [`train_gates`]): edits then act only as far as each token needs.
+            Strengths are those of the whole edit. It takes another pass over the scenarios.
         checkpoint (`str` or `os.PathLike`, *optional*): A file that keeps the pass over the scenarios: a run that was
             killed goes on from there and ends with the same map.
         progress ([`Progress`]): Shows how far it is.
@@ -122,15 +134,16 @@ def identify_neurons(
         scenarios,
         [*values, *heard],
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        probes=scoring is probe and leakage_penalty == 0,
         progress=progress,
     )
-    scored = scoring(statistics)
     if leakage_penalty > 0:
         samples = fisher_samples(model, tokenizer, texts, progress=progress)
         scores = balanced_scores(statistics, samples, len(values), leakage_penalty, layers)
         chosen = top_neurons(scores, neurons, layers)
         scored = Scored(scores, balanced_shifts(statistics, samples, chosen, leakage_penalty, layers))
     else:
+        scored = scoring(with_logits_per_unit(model, statistics) if scoring is probe else statistics)
         chosen = top_neurons(scored.score, neurons, layers)
     config = NeVAConfig(
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
@@ -156,7 +169,18 @@ def identify_neurons(
         },
     )
     neuron_map = build_map(scored, chosen, statistics.modules, config)
-    return calibrated(model, tokenizer, neuron_map, texts, target_kl=target_kl, progress=progress, started=started)
+    neuron_map = calibrated(
+        model,
+        tokenizer,
+        neuron_map,
+        texts,
+        target_kl=target_kl,
+        dose_scenarios=dose_scenarios,
+        progress=progress,
+        started=started,
+    )
+    # After calibration: a gated edit saturates, and may not reach the wanted divergence however strong it is.
+    return train_gates(model, tokenizer, neuron_map, scenarios, progress=progress) if gates else neuron_map
 
 
 def calibrated(
@@ -166,18 +190,24 @@ def calibrated(
     texts: Sequence[str],
     *,
     target_kl: float = TARGET_KL,
+    dose_scenarios: Sequence[Scenario] = (),
     progress: Progress[Any] = no_progress,
     started: float | None = None,
 ) -> NeuronMap:
     """The same map with units, ranges and measurements found on some texts. The model is left as it was."""
+    measurements: dict[str, Any] = {}
     # (putting a map on sets evaluation mode and may freeze the model, and unloading undoes neither)
     with left_as_it_was(model):
         edited = NeVAModel.from_map(model, neuron_map)
         try:
             found = calibrate(edited, tokenizer, texts, target_kl=target_kl, progress=progress)
+            measurements["calibration"] = found.measured
+            if dose_scenarios:
+                measurements["dose"] = dose_curves(
+                    edited, tokenizer, dose_scenarios, texts[:_DOSE_TEXTS], progress=progress
+                )
         finally:
             edited.unload()
-    measurements: dict[str, Any] = {"calibration": found.measured}
     if started is not None:
         measurements["seconds"] = round(time.time() - started, 1)
     config = replace(neuron_map.config, units=found.units, ranges=found.ranges, measurements=measurements)

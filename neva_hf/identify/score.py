@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from neva_hf.errors import NeVAError
+
 from .statistics import Statistics
 
 
@@ -94,10 +96,39 @@ def probability(statistics: Statistics) -> Scored:
     return Scored(score=statistics.mean_activity().abs(), shift=statistics.mean_difference())
 
 
+def probe(statistics: Statistics) -> Scored:
+    """The neurons that raise a linear value probe's logit when they move as they do by themselves.
+
+    Score `a * D`, shift D: D is the mean activation difference, and a what a unit of the neuron adds, through its
+    down-projection column, to the logit of the value's probe of what its layer writes (probe.py). Over all neurons of a
+    layer the scores add up to the difference of the probe's mean logits, so a score is the neuron's own part in it.
+    Neurons that work against the probe have a negative score, and are never chosen. (Public summaries of NeVA, Yang et
+    al. 2026, describe probes and contributions through columns; the formula is ours.)
+
+    Args:
+        statistics ([`Statistics`]): Sums of a pass with `probes=True`, after [`with_logits_per_unit`].
+
+    Returns:
+        [`Scored`]: Scores in logits.
+
+    Raises:
+        `NeVAError`: If the statistics hold no probes.
+    """
+    if statistics.logit_per_unit is None:
+        missing = "neither their sums nor" if statistics.scatter is None else "no word on"
+        raise NeVAError(
+            f"The score 'probe' needs value probes, and these statistics hold {missing} what each neuron adds to their "
+            "logits: collect with probes=True, then score what with_logits_per_unit(model, statistics) returns."
+        )
+    difference = statistics.mean_difference()
+    return Scored(score=statistics.logit_per_unit * difference, shift=difference)
+
+
 SCORES: dict[str, Callable[[Statistics], Scored]] = {
     "attribution": attribution,
     "gradient": gradient,
     "contrast": contrast,
     "probability": probability,
+    "probe": probe,
 }
 """All scores by name."""
