@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from tiny import SCENARIOS, TEXTS, VALUES, tiny_reader, tiny_tokenizer
 
 from neva_hf import NeVAError, NeVAModel, identify_neurons
 from neva_hf.architectures import find_down_projections
-from neva_hf.identify import Statistics, balanced_scores, balanced_shifts, collect, fisher_samples, top_neurons
+from neva_hf.identify import (
+    Statistics,
+    balanced_neurons,
+    balanced_scores,
+    balanced_shifts,
+    collect,
+    fisher_samples,
+    top_neurons,
+)
 from neva_hf.identify.balance import constraints, diagonal
 from neva_hf.measure import damage
 from neva_hf.scenarios import scenario_values
@@ -53,6 +64,65 @@ def test_the_samples_are_the_same_for_the_same_seed_and_leave_the_model_as_it_wa
     assert torch.equal(before, model(ids).logits)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_interrupted_samples_end_as_the_same_samples_bit_for_bit(tmp_path: Path) -> None:
+    model, tokenizer = tiny_reader(), tiny_tokenizer()
+    whole = fisher_samples(model, tokenizer, TEXTS, samples=48, rows=2)
+    passes: list[int] = []
+
+    def breaking(items: Any, what: str) -> Any:
+        for number, item in enumerate(items):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield item
+
+    def counting(items: Any, what: str) -> Any:
+        passes.append(len(items))
+        return items
+
+    with pytest.raises(KeyboardInterrupt):
+        fisher_samples(
+            model,
+            tokenizer,
+            TEXTS,
+            samples=48,
+            rows=2,
+            checkpoint=tmp_path / "f",
+            checkpoint_every=2,
+            progress=breaking,
+        )
+    resumed = fisher_samples(model, tokenizer, TEXTS, samples=48, rows=2, checkpoint=tmp_path / "f", progress=counting)
+    assert passes == [8]
+    assert torch.equal(whole, resumed)
+    other = fisher_samples(model, tokenizer, TEXTS, samples=48, rows=2, seed=1, checkpoint=tmp_path / "f")
+    assert not torch.equal(whole, other)
+
+
+def test_of_neurons_that_do_the_same_only_one_is_chosen() -> None:
+    # Neurons 0 and 1 are one and the same; 2 is weaker but adds something of its own.
+    statistics = Statistics.zeros(["a"], ["layer"], 4)
+    statistics.gradient[0, 0] = torch.tensor([1.0, 1.0, 0.6, 0.0])
+    statistics.count += 1
+    random = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    samples = torch.stack([random[:, 0], random[:, 0], random[:, 1], random[:, 2]], dim=1)[:, None]
+    assert top_neurons(balanced_scores(statistics, samples, 1, 1.0, [0]), 2, [0])[0, 0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    chosen, shifts = balanced_neurons(statistics, samples, 1, 2, 1.0, [0])
+    assert chosen[0, 0, :2].sum() == 1
+    assert bool(chosen[0, 0, 2])
+    assert torch.equal(shifts != 0, chosen)
+
+
+def test_the_shifts_are_those_of_the_chosen_neurons_alone(found: tuple[Statistics, torch.Tensor]) -> None:
+    statistics, samples = found
+    chosen, shifts = balanced_neurons(statistics, samples, 2, 10, 1.0, LAYERS)
+    assert chosen.flatten(1).sum(1).tolist() == [10, 10]
+    torch.testing.assert_close(shifts, balanced_shifts(statistics, samples, chosen, 1.0, LAYERS))
 
 
 def test_texts_without_tokens_are_refused() -> None:

@@ -365,7 +365,7 @@ def test_a_map_holds_the_chosen_neurons_and_their_shifts_and_nothing_else() -> N
     generator = torch.Generator().manual_seed(0)
     score, shift = (torch.randn(2, 3, 20, generator=generator) for _ in range(2))
     chosen = top_neurons(score, 7, [0, 2])
-    neuron_map = build_map(Scored(score, shift), chosen, ["a", "b", "c"], NeVAConfig(values=["power", "security"]))
+    neuron_map = build_map(shift, chosen, ["a", "b", "c"], NeVAConfig(values=["power", "security"]))
     assert set(neuron_map.modules) <= {"a", "c"}
     for row, value in enumerate(neuron_map.values):
         laid_out = torch.zeros(3, 20)

@@ -1,6 +1,6 @@
 """From scenarios to a neuron map: collect, score, select, calibrate."""
 
-from .balance import balanced_scores, balanced_shifts
+from .balance import balanced_neurons, balanced_scores, balanced_shifts
 from .calibrate import TARGET_KL, Calibration, calibrate
 from .collect import collect
 from .dose import Expected, dose_curves, expected
@@ -20,6 +20,7 @@ __all__ = [
     "Scored",
     "Statistics",
     "attribution",
+    "balanced_neurons",
     "balanced_scores",
     "balanced_shifts",
     "build_map",

@@ -7,7 +7,9 @@ most for its cost, with the leakage `C d` charged, solves (ours; a ridge on the 
     d = F^-1 (J - C^T l),   (C F^-1 C^T + mean(diag(C F^-1 C^T)) / penalty) l = C F^-1 J
 
 so that a penalty of 0 leaves `F^-1 J`, and a large one puts every `C_u.d` to 0. A neuron's own part in that, with only
-the diagonal of F, is its score: `(J - C^T l)^2 / F`.
+the diagonal of F, is its score: `(J - C^T l)^2 / F`. The neurons with the highest scores are candidates, and from them
+those are dropped, some at a time, that are missed least: leaving neuron n out costs `d_n^2 / (F^-1)_nn` (the saliency of
+Optimal Brain Surgeon, Hassibi and Stork 1992), so of neurons that do the same only one stays.
 """
 
 from __future__ import annotations
@@ -16,8 +18,13 @@ from collections.abc import Sequence
 
 import torch
 
+from neva_hf.measure import Progress, no_progress
+
+from .select import check_request, top_neurons
 from .statistics import Statistics
 
+# So many candidates for each neuron, of which this part stays in each round.
+_CANDIDATES, _KEPT = 6, 0.6
 # Samples say little about single off-diagonal entries of F: they are halved, which also makes F invertible.
 _SHRINKAGE = 0.5
 # Neurons that hardly disturb neutral text would get endless shifts; F is kept above this part of its median.
@@ -89,10 +96,61 @@ def balanced_scores(
     return torch.stack(scores)
 
 
+def balanced_neurons(
+    statistics: Statistics,
+    samples: torch.Tensor,
+    targets: int,
+    neurons: int,
+    penalty: float,
+    layers: Sequence[int],
+    progress: Progress[int] = no_progress,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons of each value, and the shifts on them.
+
+    Args:
+        statistics ([`Statistics`]): Sums of a pass over scenarios.
+        samples (`torch.Tensor`): From [`fisher_samples`], `[samples, L, N]`.
+        targets (`int`): For the first so many values; the others are only kept still.
+        neurons (`int`): How many per value.
+        penalty (`float`): What leakage costs, above 0.
+        layers (`Sequence[int]`): The layers that take part.
+        progress ([`Progress`]): Shows how far it is.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Bool `[targets, L, N]`, and float32 `[targets, L, N]`: shifts in proportion
+            to each other, 0 elsewhere.
+
+    Raises:
+        `NeVAError`: If there are not so many neurons in the layers, or no neuron serves a value.
+    """
+    depth, width = samples.shape[1:]
+    check_request(neurons, layers, depth, width)
+    scores = balanced_scores(statistics, samples, targets, penalty, layers)
+    candidates = top_neurons(scores, min(_CANDIDATES * neurons, len(set(layers)) * width), layers)
+    weight = diagonal(samples, layers).flatten()
+    chosen = torch.zeros(candidates.shape, dtype=torch.bool)
+    shifts = torch.zeros(candidates.shape)
+    for target in progress(list(range(targets)), "selection"):
+        index = candidates[target].flatten().nonzero()[:, 0]
+        fisher = _fisher(samples, weight, index)
+        slope, others = (one.flatten(-2)[..., index].double() for one in constraints(statistics, target))
+        while True:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(fisher))
+            shift = _solve(inverse, slope, others, penalty)
+            if len(index) <= neurons:
+                break
+            left = max(neurons, int(_KEPT * len(index)))
+            stays = (shift.square() / inverse.diagonal()).topk(left).indices.sort().values
+            index, fisher, slope, others = index[stays], fisher[stays][:, stays], slope[stays], others[:, stays]
+        chosen[target].view(-1)[index] = True
+        shifts[target].view(-1)[index] = shift.float()
+    return chosen, shifts
+
+
 def balanced_shifts(
     statistics: Statistics, samples: torch.Tensor, chosen: torch.Tensor, penalty: float, layers: Sequence[int]
 ) -> torch.Tensor:
-    """The shifts of the chosen neurons.
+    """The shifts of neurons that were chosen in another way.
 
     Args:
         statistics ([`Statistics`]): Sums of a pass over scenarios.
@@ -104,18 +162,27 @@ def balanced_shifts(
     Returns:
         `torch.Tensor`: Float32 `[targets, L, N]`, 0 outside the chosen neurons, in proportion to each other.
     """
-    # (the constraints nearly cancel, which float32 does not survive)
-    weight = diagonal(samples, layers).flatten().double()
+    weight = diagonal(samples, layers).flatten()
     shifts = torch.zeros(chosen.shape)
     for target in range(len(chosen)):
         index = chosen[target].flatten().nonzero()[:, 0]
-        picked = samples.flatten(1)[:, index].double()
-        fisher = (1 - _SHRINKAGE) * (picked.T @ picked / len(picked)) + _SHRINKAGE * weight[index].diag()
         slope, others = (one.flatten(-2)[..., index].double() for one in constraints(statistics, target))
-        solved = torch.linalg.solve(fisher, torch.cat([slope[None], others]).T).T
-        charged = _charged(others, solved[1:], slope, penalty, onto=solved[1:])
-        shifts[target].view(-1)[index] = (solved[0] - charged).float()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_fisher(samples, weight, index)))
+        shifts[target].view(-1)[index] = _solve(inverse, slope, others, penalty).float()
     return shifts
+
+
+def _fisher(samples: torch.Tensor, weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The shrunk Fisher matrix of some neurons, `[k, k]`, in float64: the constraints nearly cancel in what follows."""
+    picked = samples.flatten(1)[:, index]
+    fisher = (picked.T @ picked).double() * ((1 - _SHRINKAGE) / len(picked))
+    return fisher + _SHRINKAGE * weight[index].double().diag()
+
+
+def _solve(inverse: torch.Tensor, slope: torch.Tensor, others: torch.Tensor, penalty: float) -> torch.Tensor:
+    """d from the top of the file."""
+    weighted = others @ inverse
+    return inverse @ slope - _charged(others, weighted, slope, penalty, onto=weighted)
 
 
 def _charged(

@@ -1,13 +1,13 @@
-"""A pass on disk: statistics and how far they go, so that a killed run goes on where it was.
+"""A pass on disk: its tensors and how far they go, so that a killed run goes on where it was.
 
-Sums are float64 and are taken up bit for bit, so an interrupted pass ends with the very statistics of one that was not.
+Tensors are taken up bit for bit, so an interrupted pass ends with the very numbers of one that was not.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,31 +28,31 @@ def checkpoint_key(model_name: str, scenarios: Sequence[Scenario], statistics: S
     return json.dumps(agreed, ensure_ascii=False)
 
 
-def write_checkpoint(path: Path, statistics: Statistics, done: int, key: str) -> None:
-    """Writes statistics of the first `done` scenarios; a reader sees the old file or the new one, never half of one.
+def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], done: int, key: str) -> None:
+    """Writes what a pass has found in its first `done` steps; a reader sees the old file or the new one, never half of one.
 
     Args:
         path (`Path`): The file.
-        statistics ([`Statistics`]): The sums so far.
-        done (`int`): After how many scenarios.
-        key (`str`): From [`checkpoint_key`].
+        tensors (`Mapping[str, torch.Tensor]`): What was found so far.
+        done (`int`): After how many steps.
+        key (`str`): What a run must agree in to take it up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file(statistics.tensors(), unfinished, metadata={"key": key, "done": str(done)})
+    save_file(dict(tensors), unfinished, metadata={"key": key, "done": str(done)})
     os.replace(unfinished, path)
 
 
-def read_checkpoint(path: Path, statistics: Statistics, key: str) -> int:
-    """Fills statistics from a checkpoint, if there is one that agrees in the key.
+def read_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], key: str) -> int:
+    """Fills the tensors of a pass from a checkpoint, if there is one that agrees in the key.
 
     Args:
         path (`Path`): The file.
-        statistics ([`Statistics`]): Filled in place.
-        key (`str`): From [`checkpoint_key`].
+        tensors (`Mapping[str, torch.Tensor]`): Filled in place.
+        key (`str`): The key of this run.
 
     Returns:
-        `int`: How many scenarios it covers; 0 when there is none to take up.
+        `int`: How many steps it covers; 0 when there is none to take up.
     """
     if not path.is_file():
         return 0
@@ -61,11 +61,11 @@ def read_checkpoint(path: Path, statistics: Statistics, key: str) -> int:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
                 return 0
-            found = {name: file.get_tensor(name) for name in statistics.tensors()}
+            found = {name: file.get_tensor(name) for name in tensors}
     except SafetensorError:
         # Half a file, from a disk that was full: the pass begins anew.
         return 0
     with torch.no_grad():
-        for name, tensor in statistics.tensors().items():
+        for name, tensor in tensors.items():
             tensor.copy_(found[name])
     return int(metadata["done"])

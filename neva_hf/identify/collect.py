@@ -138,14 +138,14 @@ def collect(
     if checkpoint is not None:
         path = checkpoint.with_name(f"{checkpoint.name}.{processes()[0]}")
         key = checkpoint_key(str(getattr(model, "name_or_path", "")), scenarios, statistics)
-        done = read_checkpoint(path, statistics, key)
+        done = read_checkpoint(path, statistics.tensors(), key)
     with left_as_it_was(model), _tapped(list(modules.values()), probes) as taps:
         model.requires_grad_(False).eval()
         for number, scenario in enumerate(progress(mine[done:], "scenarios"), start=done + 1):
             encoded = encode_replies(tokenizer, scenario)
             _add_scenario(model, encoded, taps, statistics)
             if path is not None and number % checkpoint_every == 0:
-                write_checkpoint(path, statistics, number, key)
+                write_checkpoint(path, statistics.tensors(), number, key)
     add_up(list(statistics.tensors().values()))
     return statistics
 

@@ -28,7 +28,7 @@ from neva_hf.neuron_map import NeuronMap
 from neva_hf.scenarios import Scenario, load_neutral_texts, load_scenarios, scenario_values, scenarios_hash
 from neva_hf.values import ValueSystem
 
-from .balance import balanced_scores, balanced_shifts
+from .balance import balanced_neurons
 from .calibrate import TARGET_KL, calibrate
 from .collect import collect, left_as_it_was
 from .dose import dose_curves
@@ -138,13 +138,19 @@ def identify_neurons(
         progress=progress,
     )
     if leakage_penalty > 0:
-        samples = fisher_samples(model, tokenizer, texts, progress=progress)
-        scores = balanced_scores(statistics, samples, len(values), leakage_penalty, layers)
-        chosen = top_neurons(scores, neurons, layers)
-        scored = Scored(scores, balanced_shifts(statistics, samples, chosen, leakage_penalty, layers))
+        samples = fisher_samples(
+            model,
+            tokenizer,
+            texts,
+            checkpoint=None if checkpoint is None else Path(f"{os.fspath(checkpoint)}.fisher"),
+            progress=progress,
+        )
+        chosen, shift = balanced_neurons(
+            statistics, samples, len(values), neurons, leakage_penalty, layers, progress=progress
+        )
     else:
         scored = scoring(with_logits_per_unit(model, statistics) if scoring is probe else statistics)
-        chosen = top_neurons(scored.score, neurons, layers)
+        chosen, shift = top_neurons(scored.score, neurons, layers), scored.shift
     config = NeVAConfig(
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
         values=values,
@@ -168,7 +174,7 @@ def identify_neurons(
             },
         },
     )
-    neuron_map = build_map(scored, chosen, statistics.modules, config)
+    neuron_map = build_map(shift, chosen, statistics.modules, config)
     neuron_map = calibrated(
         model,
         tokenizer,

@@ -10,8 +10,6 @@ from neva_hf.config import NeVAConfig
 from neva_hf.errors import NeVAError
 from neva_hf.neuron_map import ModuleEdits, NeuronMap
 
-from .score import Scored
-
 
 def middle_layers(layers: int) -> list[int]:
     """The layers that take part by default: from 20% to 95% of the depth.
@@ -80,22 +78,22 @@ def top_neurons(score: torch.Tensor, neurons: int, layers: Sequence[int]) -> tor
     return chosen.reshape(values, depth, width)
 
 
-def build_map(scored: Scored, chosen: torch.Tensor, modules: Sequence[str], config: NeVAConfig) -> NeuronMap:
+def build_map(shifts: torch.Tensor, chosen: torch.Tensor, modules: Sequence[str], config: NeVAConfig) -> NeuronMap:
     """Lays chosen neurons and their shifts out as a map.
 
     Args:
-        scored ([`Scored`]): Scores and shifts.
+        shifts (`torch.Tensor`): How to shift neurons, float32 `[V, L, N]`.
         chosen (`torch.Tensor`): Bool `[V, L, N]`.
         modules (`Sequence[str]`): The down projection of each layer.
         config ([`NeVAConfig`]): The map's config; its modules and counts are filled in.
 
     Returns:
-        [`NeuronMap`]: With the shifts as they are scored.
+        [`NeuronMap`]: With these shifts.
     """
     edits = {}
     for layer, module in enumerate(modules):
         index = chosen[:, layer].any(0).nonzero()[:, 0]
         if len(index):
-            shift = torch.where(chosen[:, layer, index], scored.shift[:, layer, index], 0.0)
+            shift = torch.where(chosen[:, layer, index], shifts[:, layer, index], 0.0)
             edits[module] = ModuleEdits(index=index.to(torch.int32), shift=shift.float().contiguous())
     return NeuronMap(config, edits)

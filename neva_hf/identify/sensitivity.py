@@ -5,11 +5,19 @@ Fisher matrix of the next-token distributions with respect to d. F has as many r
 with one token y drawn per position from the model's own distribution and random signs e, the gradient of
 `sum over positions of e * log p(y)`, divided by the root of the number of positions, has the covariance F. (A standard
 estimate of the Fisher matrix, Martens 2020, arXiv 1412.1193, section 5; the random signs are ours.)
+
+How good a shift is depends on how many samples there are, hardly on how many tokens each is taken from: few samples make
+neurons look harmless that are not. So texts are cut into short windows, each of which gives samples of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +26,14 @@ from transformers import PreTrainedTokenizerBase
 
 from neva_hf.architectures import find_down_projections
 from neva_hf.errors import NeVAError
+from neva_hf.layer import layer_sizes
 from neva_hf.measure import Progress, no_progress
 
+from .checkpoint import read_checkpoint, write_checkpoint
 from .collect import left_as_it_was
-from .parallel import add_up, share
+from .parallel import add_up, processes, share
+
+_DRAWS = 2  # from each forward pass, which costs as much as a backward pass
 
 
 def fisher_samples(
@@ -29,9 +41,12 @@ def fisher_samples(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    samples: int = 192,
-    max_tokens: int = 130,
+    samples: int = 2048,
+    window: int = 32,
+    rows: int = 8,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 32,
     progress: Progress[Any] = no_progress,
 ) -> torch.Tensor:
     """Samples whose covariance is the Fisher matrix of a model with respect to shifts of its FFN neurons.
@@ -40,9 +55,12 @@ def fisher_samples(
         model (`nn.Module`): A causal language model of transformers, without adapters.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         texts (`Sequence[str]`): Neutral texts.
-        samples (`int`): How many; two are drawn from each forward pass.
-        max_tokens (`int`): Of each text, at most so many tokens from the front.
-        seed (`int`): For the drawn tokens and signs.
+        samples (`int`): How many.
+        window (`int`): From how many tokens each is taken.
+        rows (`int`): How many windows run at once.
+        seed (`int`): For the order of the windows, and the drawn tokens and signs.
+        checkpoint (`Path`, *optional*): A file to write the samples to as they are found, and to go on from.
+        checkpoint_every (`int`): After how many passes.
         progress ([`Progress`]): Shows how far it is.
 
     Returns:
@@ -52,53 +70,96 @@ def fisher_samples(
         `NeVAError`: If there is no text with at least two tokens.
     """
     modules = list(find_down_projections(model).values())
-    probes: dict[int, torch.Tensor] = {}
+    windows = _windows(tokenizer, texts, window)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    per_pass = _DRAWS * rows
+    passes = list(range(-(-samples // per_pass)))
+    found = torch.zeros(len(passes) * per_pass, len(modules), layer_sizes(modules[0])[0])
+    mine, path, key, done = share(passes), None, "", 0
+    if checkpoint is not None:
+        path = checkpoint.with_name(f"{checkpoint.name}.{processes()[0]}")
+        key = _key(model, windows, [samples, window, rows, seed, *processes()])
+        done = read_checkpoint(path, {"samples": found}, key)
+    with left_as_it_was(model), _probed(modules) as probes:
+        model.requires_grad_(False).eval()
+        for count, number in enumerate(progress(mine[done:], "sensitivity"), start=done + 1):
+            # Each pass draws by itself, so that it does not matter which process makes it, or after what.
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            picked = order[torch.arange(number * rows, (number + 1) * rows) % len(order)]
+            found[number * per_pass : (number + 1) * per_pass] = _draw(model, windows[picked], probes, generator)
+            if path is not None and count % checkpoint_every == 0:
+                write_checkpoint(path, {"samples": found}, count, key)
+    if path is not None:
+        write_checkpoint(path, {"samples": found}, len(mine), key)
+    add_up([found])
+    return found[:samples]
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int) -> torch.Tensor:
+    """Texts cut into pieces of one length, with the token in front that the model expects: int64 `[pieces, tokens]`."""
+    front = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    bodies = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    width = min(window - len(front), max(map(len, bodies), default=0))
+    if width < 2:
+        raise NeVAError("The neutral texts hold fewer than two tokens.")
+    pieces = [
+        front + body[start : start + width] for body in bodies for start in range(0, len(body) - width + 1, width)
+    ]
+    return torch.tensor(pieces)
+
+
+@dataclass
+class _Probes:
+    """Zeros that are added to the inputs of each layer, one vector per row of the batch, to differentiate by."""
+
+    rows: int = 1
+    vectors: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def _probed(modules: Sequence[nn.Module]) -> Iterator[_Probes]:
+    probes = _Probes()
 
     def hook(layer: int, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         (x,) = inputs
-        probe = torch.zeros(x.shape[-1], device=x.device, dtype=torch.float32, requires_grad=True)
-        probes[layer] = probe
-        return (x + probe.to(x.dtype),)
+        # (some models flatten batch and tokens)
+        blocks = x.reshape(probes.rows, -1, x.shape[-1])
+        vector = torch.zeros(probes.rows, 1, x.shape[-1], device=x.device, requires_grad=True)
+        probes.vectors[layer] = vector
+        return ((blocks + vector.to(x.dtype)).reshape(x.shape),)
 
-    device = next(model.parameters()).device
-    encoded = [torch.tensor([tokenizer(text)["input_ids"][:max_tokens]], device=device) for text in texts]
-    encoded = [ids for ids in encoded if ids.shape[1] > 1]
-    if not encoded:
-        raise NeVAError("The neutral texts hold fewer than two tokens.")
-    found: torch.Tensor | None = None
-    passes = list(range((samples + 1) // 2))
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs))
         for layer, module in enumerate(modules)
     ]
     try:
-        with left_as_it_was(model):
-            model.requires_grad_(False).eval()
-            for number in progress(share(passes), "sensitivity"):
-                # Each pass draws by itself, so that it does not matter which process makes it.
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                ids = encoded[number % len(encoded)]
-                with torch.enable_grad():
-                    log_probs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-                    uniform = torch.rand(log_probs.shape[0], 1, generator=generator).to(device)
-                    # Inverse sampling: the first token at which the cumulated probability exceeds the draw.
-                    cumulated = log_probs.detach().exp().cumsum(-1)
-                    drawn = (cumulated < uniform * cumulated[:, -1:]).sum(-1, keepdim=True)
-                    told = log_probs.gather(1, drawn.clamp(max=log_probs.shape[1] - 1))[:, 0]
-                    for half in (0, 1):
-                        signs = torch.randint(0, 2, (len(told),), generator=generator).to(device) * 2 - 1
-                        gradients = torch.autograd.grad(
-                            (told * signs).sum(),
-                            [probes[layer] for layer in range(len(modules))],
-                            retain_graph=half == 0,
-                        )
-                        rows = torch.stack([one.float().cpu() for one in gradients]) / len(told) ** 0.5
-                        if found is None:
-                            found = torch.zeros(2 * len(passes), *rows.shape)
-                        found[2 * number + half] = rows
+        yield probes
     finally:
         for handle in handles:
             handle.remove()
-    assert found is not None
-    add_up([found])
-    return found[:samples]
+
+
+def _draw(model: nn.Module, ids: torch.Tensor, probes: _Probes, generator: torch.Generator) -> torch.Tensor:
+    """`_DRAWS` samples of each window: `[draws * rows, L, N]`."""
+    device = next(model.parameters()).device
+    probes.rows = len(ids)
+    with torch.enable_grad():
+        log_probs = model(input_ids=ids.to(device), use_cache=False).logits.float().log_softmax(-1)
+        cumulated = log_probs.detach().exp().cumsum(-1)
+        samples = []
+        for draw in range(_DRAWS):
+            # Inverse sampling: the first token at which the cumulated probability exceeds the draw.
+            uniform = torch.rand(*ids.shape, 1, generator=generator).to(device) * cumulated[..., -1:]
+            drawn = torch.searchsorted(cumulated, uniform).clamp(max=log_probs.shape[-1] - 1)
+            signs = torch.randint(0, 2, ids.shape, generator=generator).to(device) * 2 - 1
+            told = (log_probs.gather(-1, drawn)[..., 0] * signs).sum()
+            vectors = [probes.vectors[layer] for layer in range(len(probes.vectors))]
+            gradients = torch.autograd.grad(told, vectors, retain_graph=draw + 1 < _DRAWS)
+            samples.append(torch.stack([one[:, 0].cpu() for one in gradients], dim=1) / ids.shape[1] ** 0.5)
+    return torch.cat(samples)
+
+
+def _key(model: nn.Module, windows: torch.Tensor, settings: list[int]) -> str:
+    """What a checkpoint must agree in to be taken up."""
+    words = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return json.dumps(["sensitivity", str(getattr(model, "name_or_path", "")), words, settings])
