@@ -12,7 +12,7 @@ from rich.markup import escape
 from .errors import NeVAError
 from .model import NeVAModel
 from .strengths import parse_strengths
-from .talk import answers, stream_answer
+from .talk import DEFAULT_OPTIONS, AnswerOptions, answers, stream_answer
 
 HELP = """Type a question, or a command:
   /set VALUE NUMBER   turn a dial: /set benevolence 1.5
@@ -46,9 +46,7 @@ def chat(
     read: Callable[[], str],
     *,
     strengths: dict[str, float] | None = None,
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    seed: int = 0,
+    options: AnswerOptions = DEFAULT_OPTIONS,
 ) -> ChatState:
     """Talks until there is nothing more to read.
 
@@ -58,16 +56,13 @@ def chat(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         read (`Callable[[], str]`): Gives the next line; raises `EOFError` at the end.
         strengths (`dict[str, float]`, *optional*): Settings to begin with.
-        max_new_tokens (`int`): The longest answer, in tokens.
-        temperature (`float`): 0 for the likeliest words, above 0 to sample.
-        seed (`int`): For sampling.
+        options ([`AnswerOptions`]): How answers are made.
 
     Returns:
         [`ChatState`]: How it ended.
     """
     parse_strengths(strengths, model.values)
     state = ChatState(strengths={name: s for name, s in (strengths or {}).items() if s != 0})
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     console.print(HELP, style="dim")
     while True:
         try:
@@ -91,20 +86,20 @@ def chat(
 
 
 def _answer(
-    console: Console, model: NeVAModel, tokenizer: Any, state: ChatState, question: str, options: dict[str, Any]
+    console: Console, model: NeVAModel, tokenizer: Any, state: ChatState, question: str, options: AnswerOptions
 ) -> None:
     state.last_question = question
 
     def write(piece: str) -> None:
         console.print(piece, end="", markup=False, soft_wrap=True)
 
-    answer = stream_answer(model, tokenizer, question, state.strengths, write, history=state.history, **options)
+    answer = stream_answer(model, tokenizer, question, state.strengths, write, history=state.history, options=options)
     console.print()
     state.history.append((question, answer))
 
 
 def _command(
-    console: Console, model: NeVAModel, tokenizer: Any, state: ChatState, line: str, options: dict[str, Any]
+    console: Console, model: NeVAModel, tokenizer: Any, state: ChatState, line: str, options: AnswerOptions
 ) -> None:
     command, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -127,7 +122,7 @@ def _command(
         # The last question is not its own history (and never was, if its answer was stopped).
         answered = state.history and state.history[-1][0] == question
         history = state.history[:-1] if answered and not rest else state.history
-        base, edited = answers(model, tokenizer, question, [{}, state.strengths], history=history, **options)
+        base, edited = answers(model, tokenizer, question, [{}, state.strengths], history=history, options=options)
         console.print("[bold]base model[/]")
         console.print(base, markup=False)
         console.print(f"[bold]{escape(_settings(state))}[/]")

@@ -7,9 +7,18 @@ go to standard error. Exit codes: 0 done, 1 something given cannot be used, 2 a 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from .scenarios import Scenario
+
+# What `--score` takes: the names of identify.score.SCORES, which would bring torch with them.
+SCORE_NAMES = ("attribution", "gradient", "probe", "contrast", "probability")
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 try:
     import typer
@@ -69,12 +78,10 @@ if typer is not None:
 
         Takes some minutes on two cores, needs no GPU and no login.
         """
-        from .console import errors_in_one_line, make_console, quiet_libraries
+        from .console import command
         from .demo import run_demo
 
-        console = make_console(as_json)
-        quiet_libraries()
-        with errors_in_one_line(make_console(True)):
+        with command(as_json) as console:
             shown = run_demo(console, map_source=map_source, values=_names(values), output=output)
         if as_json:
             typer.echo(json.dumps(shown, indent=2))
@@ -100,73 +107,131 @@ if typer is not None:
                 help="Definitions to go with the map: a shipped system such as schwartz10, or a JSON/YAML file."
             ),
         ] = None,
-        neurons: Annotated[int, typer.Option(min=1, help="How many neurons per value.")] = 200,
-        score: Annotated[str, typer.Option(help="How neurons are scored.")] = "attribution",
+        neurons: Annotated[int, typer.Option(min=1, help="How many neurons per value.")] = 500,
+        layers: Annotated[
+            str | None,
+            typer.Option(help="Which layers: 6-28, or 3,7,11. Default: from 20% to 95% of the depth."),
+        ] = None,
         leakage_penalty: Annotated[
-            float,
+            float | None,
             typer.Option(
-                min=0.0, help="0: the highest scores. Above 0: keep the other values still (1 is good; slower)."
+                min=0.0,
+                help="What it costs to shift the other values: neurons and shifts are chosen together. 0: the highest "
+                "scores of --score, shifted as scored. Default: 1, or 0 with --score.",
             ),
-        ] = 0.0,
+        ] = None,
+        score: Annotated[
+            str | None,
+            typer.Option(
+                help=f"With a --leakage-penalty of 0, how neurons are scored: {', '.join(SCORE_NAMES)} (the first "
+                "unless named). Above 0, neurons are not chosen by a score, and none may be named."
+            ),
+        ] = None,
+        gates: Annotated[
+            bool,
+            typer.Option(
+                "--gates", help="Train gates too: edits then act only as far as each token needs (another pass)."
+            ),
+        ] = False,
+        dose: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                help="Measure what each dial does at several strengths on so many scenarios of dev.jsonl, the "
+                "scenarios' dev split, and save it with the map. 0: do not.",
+            ),
+        ] = 4,
         limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many scenarios.")] = None,
         target_kl: Annotated[
             float, typer.Option(help="KL divergence from the base model at strength 1, in nats per token.")
         ] = 0.05,
-        device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
+        device: Annotated[
+            str | None,
+            typer.Option(help="Where to run, such as cpu or cuda. Default: the CPU, or each process's own GPU."),
+        ] = None,
+        dtype: Annotated[
+            str, typer.Option(help=f"The type to compute in: {', '.join(DTYPE_NAMES)}. auto: as it was saved.")
+        ] = DTYPE_NAMES[0],
+        checkpoint: Annotated[
+            Path | None,
+            typer.Option(
+                help="A folder that keeps what is done, so that the same command goes on after it was killed. Default: "
+                "OUTPUT/.identify, removed when the map is saved. One that you name is kept."
+            ),
+        ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a map that is there already.")] = False,
         as_json: JsonOption = False,
     ) -> None:
-        """Find the neurons of values in a model, and save them as a neuron map."""
+        """Find the neurons of values in a model, and save them as a neuron map.
+
+        Several processes share the work:
+        [bold]torchrun --nproc-per-node 2 -m neva_hf.cli identify ...[/] on CPUs,
+        [bold]accelerate launch -m neva_hf.cli identify ...[/] on GPUs.
+        """
         from .base import load_base
-        from .console import (
-            errors_in_one_line,
-            make_console,
-            map_summary,
-            quiet_libraries,
-            show_progress,
-            values_table,
-        )
+        from .console import command, map_summary, parse_layers, show_progress, values_table
         from .errors import NeVAError
         from .identify import identify_neurons
         from .identify.calibrate import check_target_kl
         from .identify.parallel import processes
-        from .scenarios import load_scenarios
+        from .scenarios import load_scenarios, scenario_values
         from .values import load_value_system
 
-        console = make_console(as_json)
-        quiet_libraries()
-        with errors_in_one_line(make_console(True)):
+        with command(as_json) as console:
+            number, count = processes()
+            # All processes do the same, and one of them talks; an error may be one process's own, so each says its own.
+            console.quiet = number > 0
             # What is wrong is said before the long work, not after it.
             if output.exists() and not output.is_dir():
                 raise NeVAError(f"{output} is a file; name a folder for the neuron map.")
             if (output / "adapter_config.json").exists() and not overwrite:
                 raise NeVAError(f"There is an adapter in {output} already; use --overwrite to replace it.")
+            if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
+                raise NeVAError(f"{checkpoint} is a file; name a folder for the checkpoints.")
+            if score is not None and score not in SCORE_NAMES:
+                raise NeVAError(f"There is no score {score!r}: choose one of {', '.join(SCORE_NAMES)}.")
+            if score is not None and leakage_penalty:
+                raise NeVAError(
+                    f"--score {score} has no say with --leakage-penalty {leakage_penalty:g}: above 0, neurons are chosen "
+                    "by what they do to all values together. Drop one of the two."
+                )
+            if dtype not in DTYPE_NAMES:
+                raise NeVAError(f"There is no type {dtype!r} to compute in: choose one of {', '.join(DTYPE_NAMES)}.")
             check_target_kl(target_kl)
+            wanted_layers = parse_layers(layers) if layers is not None else None
             found = load_scenarios(scenarios, "train", limit=limit)
+            wanted = _names(values) if values else scenario_values(found)
+            dosed, why = _dose_scenarios(scenarios, wanted, dose)
+            if why:
+                console.print(why, markup=False, soft_wrap=True)
             system = value_system or ("schwartz10" if scenarios == "schwartz" else None)
             definitions = load_value_system(system) if system else None
-            model, tokenizer = load_base(base, device=device)
+            if device is None and count > 1:
+                device = _own_device()
+            model, tokenizer = load_base(base, device=device, dtype=dtype)
             neuron_map = identify_neurons(
                 model,
                 tokenizer,
                 found,
-                values=_names(values) if values else None,
+                values=wanted,
                 neurons=neurons,
-                score=score,
-                leakage_penalty=leakage_penalty,
+                score=score or SCORE_NAMES[0],
+                leakage_penalty=(1.0 if score is None else 0.0) if leakage_penalty is None else leakage_penalty,
+                layers=wanted_layers,
                 target_kl=target_kl,
                 value_system=definitions,
-                # (what a killed run has done is taken up by the next one with the same scenarios)
-                checkpoint=output / ".pass",
+                dose_scenarios=dosed,
+                gates=gates,
+                checkpoint=(checkpoint or output / ".identify") / "pass",
                 progress=show_progress(console),
             )
-            if processes()[0] > 0:
+            if number > 0:
                 return
             neuron_map.save_pretrained(output)
-            for finished in output.glob(".pass.*"):
-                finished.unlink()
-        console.print(values_table(neuron_map))
-        console.print(f"Saved to {output}. Try it with: neva chat {output}", markup=False, soft_wrap=True)
+            if checkpoint is None:
+                shutil.rmtree(output / ".identify", ignore_errors=True)
+            console.print(values_table(neuron_map))
+            console.print(f"Saved to {output}. Try it with: neva chat {output}", markup=False, soft_wrap=True)
         if as_json:
             typer.echo(json.dumps(map_summary(neuron_map), indent=2))
 
@@ -186,11 +251,10 @@ if typer is not None:
     ) -> None:
         """Chat with a model, and turn its dials while you do: /set benevolence 1.5, /values, /compare."""
         from .chat import chat as talk
-        from .console import errors_in_one_line, make_console, parse_settings, quiet_libraries
+        from .console import command, parse_settings
+        from .talk import AnswerOptions
 
-        console = make_console()
-        quiet_libraries()
-        with errors_in_one_line(make_console(True)):
+        with command() as console:
             strengths = parse_settings(settings or [])
             model, tokenizer = _load(neuron_map, base, strengths)
             talk(
@@ -199,28 +263,16 @@ if typer is not None:
                 tokenizer,
                 lambda: console.input("[bold cyan]you>[/] ") if sys.stdin.isatty() else _piped_line(),
                 strengths=strengths,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
+                options=AnswerOptions(max_new_tokens, temperature, seed),
             )
 
     @app.command()
     def inspect(neuron_map: MapArgument, as_json: JsonOption = False) -> None:
         """Show what is in a neuron map: values, neurons per layer, ranges, where it came from. Loads no model."""
-        from .console import (
-            errors_in_one_line,
-            layers_table,
-            make_console,
-            map_summary,
-            printable,
-            quiet_libraries,
-            values_table,
-        )
+        from .console import command, layers_table, map_summary, printable, values_table
         from .neuron_map import NeuronMap
 
-        console = make_console(as_json)
-        quiet_libraries()
-        with errors_in_one_line(make_console(True)):
+        with command(as_json) as console:
             found = NeuronMap.from_pretrained(neuron_map)
             if as_json:
                 typer.echo(json.dumps(map_summary(found), indent=2))
@@ -255,6 +307,30 @@ if typer is not None:
         loaded, tokenizer = load_base(base)
         return NeVAModel.from_map(loaded, neuron_map), tokenizer
 
+    def _dose_scenarios(source: str, values: Sequence[str], number: int) -> tuple[list[Scenario], str]:
+        """Scenarios spread over the dev split of a set, or none and a sentence that says why."""
+        from . import scenarios as shipped
+        from .measure import contrast
+
+        if number == 0:
+            return [], ""
+        home = Path(shipped.__file__).parent / source if source in shipped.SCENARIO_SETS else Path(source)
+        file = home.with_name("dev.jsonl") if home.name == "train.jsonl" else home / "dev.jsonl"
+        if not file.is_file():
+            return [], "No dose curves: these scenarios have no dev split (dev.jsonl beside train.jsonl)."
+        dev = shipped.load_scenarios(file)
+        number = min(number, len(dev))
+        spread = [dev[place * len(dev) // number] for place in range(number)]
+        unheard = [value for value in values if not any(contrast(list(one.replies), value) for one in spread)]
+        if unheard:
+            return [], f"No dose curves: the dev split, or this part of it, does not contrast {', '.join(unheard)}."
+        return spread, ""
+
+    def _own_device() -> str:
+        from accelerate import PartialState
+
+        return str(PartialState().device)
+
     def _names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -265,3 +341,7 @@ def main() -> None:
         sys.stderr.write("Error: the command line needs two more packages: pip install 'neva-hf[cli]'\n")
         raise SystemExit(1)
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ def show_progress(console: Console) -> Callable[[Iterable[Any], str], Iterable[A
 
     def progress(items: Iterable[Any], what: str) -> Iterator[Any]:
         total = len(items) if isinstance(items, Sized) else None
-        if not console.is_terminal:
+        if console.quiet or not console.is_terminal:
             console.print(f"{what}: {total if total is not None else 'some'} ...")
             yield from items
             return
@@ -53,6 +53,18 @@ def show_progress(console: Console) -> Callable[[Iterable[Any], str], Iterable[A
                 bar.advance(task)
 
     return progress
+
+
+@contextmanager
+def command(json_output: bool = False) -> Iterator[Console]:
+    """What every command runs in: its console, libraries that keep quiet, and errors in one line of standard error.
+
+    Args:
+        json_output (`bool`): Whether standard output is kept for JSON.
+    """
+    quiet_libraries()
+    with errors_in_one_line(make_console(True)):
+        yield make_console(json_output)
 
 
 @contextmanager
@@ -190,6 +202,30 @@ def parse_settings(settings: Sequence[str]) -> dict[str, float]:
                 f"{setting!r} is no setting of a dial: write VALUE=NUMBER, such as benevolence=1.5."
             ) from None
     return found
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers from their numbers, with commas between; `6-28` is all from 6 to 28.
+
+    Raises:
+        `NeVAError`: If a part is neither a number nor two with a hyphen between.
+
+    Example:
+
+    ```py
+    >>> from neva_hf.console import parse_layers
+    >>> parse_layers("2, 5-7")
+    [2, 5, 6, 7]
+    ```
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        first, hyphen, last = (side.strip() for side in part.partition("-"))
+        ends = [first, last] if hyphen else [first]
+        if not all(end.isdecimal() for end in ends) or int(ends[0]) > int(ends[-1]):
+            raise NeVAError(f"{part.strip()!r:.80} names no layers: write numbers, such as 6-28 or 3,7,11.")
+        found.update(range(int(ends[0]), int(ends[-1]) + 1))
+    return sorted(found)
 
 
 def quiet_libraries() -> None:

@@ -23,7 +23,7 @@ from .measure import damage, margins, scenario_log_probs
 from .model import NeVAModel
 from .scenarios import load_neutral_texts, load_scenarios
 from .strengths import Strengths
-from .talk import answers
+from .talk import AnswerOptions, answers
 from .values import load_value_system
 
 QUESTIONS = (
@@ -121,6 +121,9 @@ def _identify(
         tokenizer,
         scenarios,
         values=values,
+        # (balancing the values against each other takes minutes, and shows little with two of them)
+        neurons=200,
+        leakage_penalty=0.0,
         neutral_texts=load_neutral_texts("calibration", limit=_CALIBRATION),
         value_system=load_value_system("schwartz10"),
         progress=progress,
@@ -136,7 +139,7 @@ def _hear(
     console: Console, model: NeVAModel, question: str, settings: Sequence[Strengths], max_new_tokens: int
 ) -> dict[str, Any]:
     rows: list[Strengths] = [{}, *settings]
-    made = answers(model, _tokenizer(model), question, rows, max_new_tokens=max_new_tokens)
+    made = answers(model, _tokenizer(model), question, rows, options=AnswerOptions(max_new_tokens))
     table = Table(title=escape(question), title_justify="left", show_lines=True, expand=True)
     table.add_column("dials", no_wrap=True)
     table.add_column("answer", ratio=1)

@@ -23,6 +23,9 @@ from .strengths import Strengths
 
 Item = TypeVar("Item")
 
+# How many logits a batch may have when damage is measured: a gigabyte in float32.
+_MAX_LOGITS = 2**28
+
 Progress = Callable[[Iterable[Item], str], Iterable[Item]]
 """Wraps a loop to show how far it is: `progress(items, "what")`."""
 
@@ -216,7 +219,8 @@ def damage(
 ) -> list[Damage]:
     """KL divergence from the base model and perplexity, for several settings of the dials at once.
 
-    Each text is run once, as one batch: the first row at strength 0, and a row for each of the settings.
+    Each text is run once at strength 0 and once for each of the settings, as rows of one batch, or of several where the
+    logits of all would take more than a gigabyte.
 
     Args:
         model (`nn.Module`): A model with NeVA layers.
@@ -239,17 +243,20 @@ def damage(
             if ids.shape[1] < 2:
                 continue
             rows = [{}, *strengths]
-            with dialled(model, rows, rows=len(rows)):
-                logits = model(input_ids=ids.expand(len(rows), -1), use_cache=False).logits[:, :-1]
-            base = logits[0].float().log_softmax(-1)
-            probabilities = base.exp()
-            for number in range(len(rows)):
-                here = base if number == 0 else logits[number].float().log_softmax(-1)
-                loss[number] -= here.gather(1, ids[0, 1:, None]).sum().double().cpu()
-                if number > 0:
-                    # (probability 0 times log-probability -inf would be no number)
-                    gap = torch.where(probabilities > 0, probabilities * (base - here), 0.0)
-                    kl[number - 1] += gap.sum().double().cpu()
+            size = max(_MAX_LOGITS // (ids.shape[1] * _text_config(model).vocab_size), 1)
+            for start in range(0, len(rows), size):
+                here = rows[start : start + size]
+                with dialled(model, here, rows=len(here)):
+                    logits = model(input_ids=ids.expand(len(here), -1), use_cache=False).logits[:, :-1]
+                for number, row in enumerate(logits, start=start):
+                    log_probs = row.float().log_softmax(-1)
+                    if number == 0:
+                        base, probabilities = log_probs, log_probs.exp()
+                    else:
+                        # (probability 0 times log-probability -inf would be no number)
+                        gap = torch.where(probabilities > 0, probabilities * (base - log_probs), 0.0)
+                        kl[number - 1] += gap.sum().double().cpu()
+                    loss[number] -= log_probs.gather(1, ids[0, 1:, None]).sum().double().cpu()
             tokens += ids.shape[1] - 1
     if tokens == 0:
         raise NeVAError("The texts to measure damage on hold fewer than two tokens.")

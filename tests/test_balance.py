@@ -38,7 +38,9 @@ def found() -> tuple[Statistics, torch.Tensor]:
 def test_half_the_quadratic_form_of_the_samples_is_the_kl_divergence_of_a_small_shift() -> None:
     model, tokenizer = tiny_reader(), tiny_tokenizer()
     samples = fisher_samples(model, tokenizer, TEXTS, samples=4000)
-    neuron_map = identify_neurons(model, tokenizer, SCENARIOS, values=VALUES, neurons=12, neutral_texts=TEXTS)
+    neuron_map = identify_neurons(
+        model, tokenizer, SCENARIOS, values=VALUES, neurons=12, neutral_texts=TEXTS, leakage_penalty=0.0
+    )
     edited = NeVAModel.from_map(model, neuron_map)
     strengths = [{value: 0.2} for value in VALUES]
     measured = damage(edited, tokenizer, TEXTS, strengths)

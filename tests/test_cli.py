@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import subprocess
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -26,19 +27,21 @@ from typer.testing import CliRunner
 from neva_hf import NeuronMap, NeVAError, NeVAModel, __version__, identify_neurons
 from neva_hf import chat as chat_module
 from neva_hf.chat import ChatState, chat
-from neva_hf.cli import app
+from neva_hf.cli import SCORE_NAMES, app
 from neva_hf.console import (
     errors_in_one_line,
     layers_table,
     make_console,
     map_summary,
+    parse_layers,
     parse_settings,
     printable,
     show_progress,
     values_table,
 )
-from neva_hf.scenarios import scenarios_hash
-from neva_hf.talk import answers, stream_answer
+from neva_hf.identify import SCORES, fisher_samples, pipeline
+from neva_hf.scenarios import load_scenarios, scenarios_hash
+from neva_hf.talk import AnswerOptions, ShownText, answers, stream_answer
 
 NEVA = Path(sysconfig.get_path("scripts")) / "neva"
 COMMANDS = ["demo", "identify", "chat", "inspect"]
@@ -56,6 +59,13 @@ def libraries_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transformers.logging.enable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def small_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped texts, and as many samples as a real model needs, would take most of the time."""
+    monkeypatch.setattr(pipeline, "load_neutral_texts", lambda: TEXTS)
+    monkeypatch.setattr(pipeline, "fisher_samples", partial(fisher_samples, samples=64))
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -68,7 +78,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(model_folder: Path) -> NeuronMap:
     model = tiny_reader()
     model.name_or_path = str(model_folder)
-    return identify_neurons(model, tiny_tokenizer(), SCENARIOS, neurons=8, neutral_texts=TEXTS)
+    return identify_neurons(model, tiny_tokenizer(), SCENARIOS, neurons=8, leakage_penalty=0, neutral_texts=TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +220,12 @@ def test_identify_refuses_in_one_line_and_leaves_nothing_behind(
         ([out, *base, "--scenarios", nowhere], f"There are no scenarios at '{nowhere}'"),
         ([out, *base, *mine, "--neurons", 8, "--values", "power,hedonism"], "No scenario contrasts hedonism"),
         ([out, *base, *mine, "--values", ","], "`values` must hold 1 to 256 names"),
-        ([out, *base, *mine, "--score", "magic"], "There is no score 'magic'"),
+        ([out, *base, *mine, "--score", "magic"], "There is no score 'magic': choose one of attribution, gradient"),
+        ([out, *base, *mine, "--score", "probe", "--leakage-penalty", 0.5], "Drop one of the two"),
+        ([out, *base, *mine, "--dtype", "float"], "There is no type 'float' to compute in"),
+        ([out, *base, *mine, "--layers", "1-x"], "'1-x' names no layers"),
+        ([out, *base, *mine, "--layers", "0-2"], "`layers` must be numbers from 0 to 1"),
+        ([out, *base, *mine, "--checkpoint", tmp_path / "file"], "is a file; name a folder for the checkpoints"),
         ([out, *base, *mine, "--neurons", 1000], "`neurons` must be 1 to 128"),
         ([out, *base, *mine, "--target-kl", 0], "`target_kl` must be between 0 and 5"),
         ([out, *base, *mine, "--value-system", "schwartz11"], "schwartz11"),
@@ -226,6 +241,158 @@ def test_identify_refuses_in_one_line_and_leaves_nothing_behind(
         assert result.stderr.splitlines()[-1] == line
         assert result.stdout == ""
         assert not out.exists()
+
+
+def test_the_scores_that_can_be_named_are_all_there_are_and_the_help_lists_them() -> None:
+    assert set(SCORE_NAMES) == set(SCORES)
+    (score,) = [
+        option
+        for option in typer.main.get_command(app).commands["identify"].params  # type: ignore[attr-defined]
+        if option.name == "score"
+    ]
+    assert all(name in score.help for name in SCORES)
+
+
+@pytest.mark.parametrize(
+    ("options", "penalty", "score"),
+    [
+        ([], 1.0, "balanced"),
+        (["--leakage-penalty", 2], 2.0, "balanced"),
+        (["--leakage-penalty", 0], 0.0, "attribution"),
+        (["--score", "contrast"], 0.0, "contrast"),
+        (["--score", "probe", "--leakage-penalty", 0], 0.0, "probe"),
+    ],
+)
+def test_a_score_chooses_neurons_where_leakage_costs_nothing(
+    options: list[object], penalty: float, score: str, model_folder: Path, scenario_file: Path, tmp_path: Path
+) -> None:
+    settings = ["--base", model_folder, "--scenarios", scenario_file, "--neurons", 3, *options]
+    result = neva("identify", tmp_path / "map", *settings)
+    assert result.exit_code == 0, result.output
+    provenance = NeuronMap.from_pretrained(tmp_path / "map").config.provenance
+    assert (provenance["leakage_penalty"], provenance["score"]) == (penalty, score)
+
+
+def test_gates_layers_and_dtype_reach_the_map(model_folder: Path, scenario_file: Path, tmp_path: Path) -> None:
+    settings = ["--base", model_folder, "--scenarios", scenario_file, "--neurons", 3, "--leakage-penalty", 0]
+    result = neva("identify", tmp_path / "map", *settings, "--gates", "--layers", "1", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    neuron_map = NeuronMap.from_pretrained(tmp_path / "map")
+    assert neuron_map.config.use_gate
+    assert neuron_map.config.provenance["layers"] == [1]
+    assert [name for name in neuron_map.modules if ".layers.1." not in name] == []
+
+
+def test_dose_curves_are_measured_on_scenarios_spread_over_the_dev_split(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "neva_hf.identify.identify_neurons",
+        lambda *_, dose_scenarios, **__: asked.append([one.id for one in dose_scenarios]) or random_map(tiny_reader()),
+    )
+    for number, options in enumerate(([], ["--dose", 1], ["--dose", 0], ["--dose", 1000])):
+        assert neva("identify", tmp_path / str(number), "--base", model_folder, *options).exit_code == 0
+    dev = [one.id for one in load_scenarios("schwartz", "dev")]
+    assert [dev.index(name) for name in asked[0]] == [0, 9, 18, 27]
+    assert asked[1:] == [[dev[0]], [], dev]
+
+
+def test_the_dev_split_lies_beside_the_training_split(model_folder: Path, scenario_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = scenario_file.read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "dev.jsonl").write_text(lines[0])
+    settings = ["--base", model_folder, "--neurons", 3, "--leakage-penalty", 0]
+    for name, source in (("a", folder), ("b", folder / "train.jsonl")):
+        result = neva("identify", tmp_path / name, *settings, "--scenarios", source)
+        assert result.exit_code == 0, result.output
+        dose = NeuronMap.from_pretrained(tmp_path / name).config.measurements["dose"]
+        assert (dose["scenarios"], sorted(dose["curves"])) == (1, sorted(VALUES))
+
+
+@pytest.mark.parametrize(
+    ("dev", "says"),
+    [
+        (None, "No dose curves: these scenarios have no dev split (dev.jsonl beside train.jsonl)."),
+        (2, "No dose curves: the dev split, or this part of it, does not contrast benevolence."),
+    ],
+)
+def test_without_scenarios_for_them_there_are_no_dose_curves_and_one_line_says_so(
+    dev: int | None, says: str, model_folder: Path, scenario_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = scenario_file.read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    if dev is not None:
+        (folder / "dev.jsonl").write_text(lines[dev])
+    settings = ["--base", model_folder, "--neurons", 3, "--leakage-penalty", 0, "--scenarios", folder]
+    result = neva("identify", tmp_path / "map", *settings)
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stdout.splitlines() if "dose" in line] == [says]
+    assert "dose" not in NeuronMap.from_pretrained(tmp_path / "map").config.measurements
+
+
+class Killed(BaseException):
+    """What nothing on the way expects."""
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["default", "named"])
+def test_a_search_that_was_killed_goes_on_when_the_same_command_is_given_again(
+    named: bool, model_folder: Path, scenario_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, kept = tmp_path / "map", tmp_path / "kept"
+    settings = ["--base", model_folder, "--scenarios", scenario_file, "--neurons", 3]
+    whole = tmp_path / "whole"
+    assert neva("identify", whole, *settings).exit_code == 0
+    assert not (whole / ".identify").exists()
+
+    seen: list[tuple[str, int]] = []
+
+    def progress(_: Any) -> Any:
+        def loop(items: Any, what: str) -> Iterator[Any]:
+            seen.append((what, len(items)))
+            if what == "selection" and len(seen) < 4:
+                raise Killed
+            yield from items
+
+        return loop
+
+    monkeypatch.setattr("neva_hf.console.show_progress", progress)
+    settings += ["--checkpoint", kept] if named else []
+    with pytest.raises(Killed):
+        CliRunner().invoke(app, [str(part) for part in ("identify", out, *settings)], catch_exceptions=False)
+    folder = kept if named else out / ".identify"
+    assert any(folder.iterdir())
+    assert not (out / "adapter_config.json").exists()
+    first = dict(seen)
+    assert first["scenarios"] == len(SCENARIOS)
+    seen[:] = [("", 0)] * 4
+    assert neva("identify", out, *settings).exit_code == 0
+    # What was done is not done again.
+    assert dict(seen)["sensitivity"] == 0
+    assert folder.exists() == named
+    one, other = NeuronMap.from_pretrained(whole), NeuronMap.from_pretrained(out)
+    for name, edits in one.modules.items():
+        assert torch.equal(edits.index, other.modules[name].index)
+        assert torch.equal(edits.shift, other.modules[name].shift)
+
+
+def test_two_processes_make_one_map_and_one_of_them_talks(
+    model_folder: Path, scenario_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "map"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "neva_hf.cli", "identify"]
+    settings = [out, "--base", model_folder, "--scenarios", scenario_file, "--neurons", 3, "--leakage-penalty", 0]
+    done = subprocess.run([*launch, *map(str, settings), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["values"].keys() == set(VALUES)
+    assert done.stderr.count("No dose curves") == done.stderr.count("Saved to") == 1
+    assert done.stderr.count("scenarios: 2 ...") == 1
+    assert sorted(NeuronMap.from_pretrained(out).values) == sorted(VALUES)
+    assert not (out / ".identify").exists()
 
 
 # inspect
@@ -418,15 +585,19 @@ def model(found: NeuronMap) -> NeVAModel:
 
 def talk(model: NeVAModel, *lines: str | type[BaseException], **options: Any) -> tuple[ChatState, str]:
     console = Console(file=io.StringIO(), width=200, highlight=False)
-    options.setdefault("max_new_tokens", 5)
-    state = chat(console, model, tiny_tokenizer(pad_token="<|end|>"), Script(*lines), **options)
+    strengths = options.pop("strengths", None)
+    made = AnswerOptions(**{"max_new_tokens": 5, **options})
+    tokenizer = tiny_tokenizer(pad_token="<|end|>")
+    state = chat(console, model, tokenizer, Script(*lines), strengths=strengths, options=made)
     assert isinstance(console.file, io.StringIO)
     return state, console.file.getvalue()
 
 
 def answer(model: NeVAModel, question: str, strengths: dict[str, float], **options: Any) -> str:
-    options.setdefault("max_new_tokens", 5)
-    (text,) = answers(model, tiny_tokenizer(pad_token="<|end|>"), question, [strengths], **options)
+    history = options.pop("history", ())
+    made = AnswerOptions(**{"max_new_tokens": 5, **options})
+    tokenizer = tiny_tokenizer(pad_token="<|end|>")
+    (text,) = answers(model, tokenizer, question, [strengths], history=history, options=made)
     return text
 
 
@@ -564,12 +735,94 @@ def test_greedy_answers_are_greedy_whatever_the_models_own_settings_are(model: N
 
 def test_answers_side_by_side_are_those_that_each_setting_gives_alone(model: NeVAModel) -> None:
     settings: list[dict[str, float]] = [{}, {"power": 3.0}, {"security": -3.0}]
-    together = answers(model, tiny_tokenizer(pad_token="<|end|>"), "Why?", settings, max_new_tokens=8)
+    tokenizer = tiny_tokenizer(pad_token="<|end|>")
+    together = answers(model, tokenizer, "Why?", settings, options=AnswerOptions(max_new_tokens=8))
     assert together == [answer(model, "Why?", setting, max_new_tokens=8) for setting in settings]
     assert len(set(together)) == 3
 
 
+# Models without a chat template
+
+
+def script(base: torch.nn.Module, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a model write one text per row, whatever it is asked."""
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    real, steps = base.forward, iter(range(10_000))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output, step = real(*args, **kwargs), next(steps)
+        for row, tokens in enumerate(ids):
+            output.logits[row, -1] = 0.0
+            output.logits[row, -1, tokens[step] if step < len(tokens) else tokenizer.eos_token_id] = 50.0
+        return output
+
+    monkeypatch.setattr(base, "forward", forward)
+
+
+RUN_ON = "Rest.\n\nQuestion: And then? Question"
+
+
+def test_an_answer_ends_where_a_model_without_a_chat_template_asks_the_next_question(
+    found: NeuronMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer(pad_token="<|end|>")
+    options = AnswerOptions(max_new_tokens=60)
+    base = tiny_reader()
+    model = found.apply_to(base)
+    script(base, [RUN_ON, "A question: Question what is\nQuestionable."], monkeypatch)
+    made = answers(model, tokenizer, "Why?", [{}, {}], options=options)
+    assert made[0] == "Rest."
+    assert made[1].startswith("A question: Question what is\nQuestionable.")
+
+    base = tiny_reader()
+    model = found.apply_to(base)
+    script(base, [RUN_ON], monkeypatch)
+    pieces: list[str] = []
+    assert stream_answer(model, tokenizer, "Why?", {}, pieces.append, options=options) == "Rest."
+    assert "".join(pieces).rstrip() == "Rest."
+
+
+def test_a_model_with_a_chat_template_may_write_the_word_question(
+    found: NeuronMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer(pad_token="<|end|>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    base = tiny_reader()
+    model = found.apply_to(base)
+    script(base, [RUN_ON], monkeypatch)
+    (made,) = answers(model, tokenizer, "Why?", [{}], options=AnswerOptions(max_new_tokens=len(RUN_ON)))
+    assert made.startswith(RUN_ON[:30])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["Yes.\nQues", "tion:\nWhat"], "Yes."),
+        (["Yes.\n", "\nQuestion", ": So"], "Yes.\n"),
+        (["Yes.\nQues", "ts are fun.\n", "Q"], "Yes.\nQuests are fun.\nQ"),
+        (["Yes.\nQuestion"], "Yes.\nQuestion"),
+        (["\nQuestion:", "more"], ""),
+    ],
+)
+def test_what_may_begin_a_stop_string_is_held_back_until_it_is_known(pieces: list[str], shown: str) -> None:
+    written: list[str] = []
+    text = ShownText(written.append, "\nQuestion:")
+    for number, piece in enumerate(pieces, start=1):
+        text.add(piece, last=number == len(pieces))
+        assert shown.startswith("".join(written))
+    assert text.text == "".join(written) == shown
+
+
 # The console
+
+
+def test_layers_are_read_as_numbers_and_ranges() -> None:
+    assert parse_layers("6-8") == [6, 7, 8]
+    assert parse_layers(" 3, 1 ,2-4,4") == [1, 2, 3, 4]
+    for wrong in ("", "a", "1,", "3-1", "-1", "1-", "1.5", "1-2-3"):
+        with pytest.raises(NeVAError, match="names no layers: write numbers, such as 6-28"):
+            parse_layers(wrong)
 
 
 def test_settings_are_read_as_names_and_numbers() -> None:

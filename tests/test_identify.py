@@ -38,6 +38,7 @@ from neva_hf.identify import (
     build_map,
     calibrate,
     collect,
+    expected,
     middle_layers,
     top_neurons,
 )
@@ -52,8 +53,8 @@ some_architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2", "
 
 
 def identify(model: PreTrainedModel | None = None, **options: Any) -> NeuronMap:
-    """The whole identification on tiny things."""
-    options = {"scenarios": SCENARIOS, "neurons": 8, "neutral_texts": TEXTS, **options}
+    """The whole identification on tiny things; neurons by their scores unless asked otherwise."""
+    options = {"scenarios": SCENARIOS, "neurons": 8, "neutral_texts": TEXTS, "leakage_penalty": 0.0, **options}
     return identify_neurons(model or tiny_reader(), tiny_tokenizer(), **options)
 
 
@@ -735,6 +736,48 @@ def test_progress_tells_every_part() -> None:
     identify(progress=progress)
     assert told[0] == ("scenarios", len(SCENARIOS))
     assert {what for what, _ in told[1:]} == {"neutral text"}
+
+
+def test_the_other_passes_tell_their_progress_too() -> None:
+    told: list[str] = []
+
+    def progress(items: Any, what: str) -> Any:
+        told.append(what)
+        return items
+
+    identify(leakage_penalty=1.0, dose_scenarios=SCENARIOS[:1], gates=True, progress=progress)
+    assert list(dict.fromkeys(told)) == [
+        "scenarios",
+        "sensitivity",
+        "selection",
+        "neutral text",
+        "dose curves",
+        "gates",
+    ]
+
+
+def test_a_map_carries_its_dose_curves_and_its_gates(tmp_path: Any) -> None:
+    plain = identify()
+    full = identify(dose_scenarios=SCENARIOS[:2], gates=True)
+    full.save_pretrained(tmp_path)
+    read = NeuronMap.from_pretrained(tmp_path)
+    assert "dose" not in plain.config.measurements
+    assert not plain.config.use_gate
+    assert read.config.use_gate
+    assert all(edits.gate_weight is not None for edits in read.modules.values())
+    dose = read.config.measurements["dose"]
+    assert dose == full.config.measurements["dose"]
+    for value in read.values:
+        # (strength 1 was calibrated to 0.05 on other texts)
+        assert expected(dose, value, 1.0).kl == pytest.approx(0.05, rel=0.3)
+        assert expected(dose, value, 0.0).margins[value] == 0.0
+    # Gates and curves come after calibration: strengths mean the same with and without them.
+    assert read.config.units == plain.config.units
+
+
+def test_the_balanced_choice_says_so() -> None:
+    assert identify(leakage_penalty=1.0, seed=3).config.provenance["score"] == "balanced"
+    assert identify(leakage_penalty=1.0, seed=3).config.provenance["seed"] == 3
 
 
 def test_one_scenario_gives_each_value_its_own_contrast() -> None:

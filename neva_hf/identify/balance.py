@@ -23,8 +23,8 @@ from neva_hf.measure import Progress, no_progress
 from .select import check_request, top_neurons
 from .statistics import Statistics
 
-# So many candidates for each neuron, of which this part stays in each round.
-_CANDIDATES, _KEPT = 6, 0.6
+# So many candidates for each neuron, of which this part stays in each round. The work grows with the cube of their number.
+_CANDIDATES, _KEPT, _MAX_CANDIDATES = 6, 0.6, 6000
 # Samples say little about single off-diagonal entries of F: they are halved, which also makes F invertible.
 _SHRINKAGE = 0.5
 # Neurons that hardly disturb neutral text would get endless shifts; F is kept above this part of its median.
@@ -126,12 +126,13 @@ def balanced_neurons(
     depth, width = samples.shape[1:]
     check_request(neurons, layers, depth, width)
     scores = balanced_scores(statistics, samples, targets, penalty, layers)
-    candidates = top_neurons(scores, min(_CANDIDATES * neurons, len(set(layers)) * width), layers)
+    candidates = max(neurons, min(_CANDIDATES * neurons, _MAX_CANDIDATES))
+    allowed = top_neurons(scores, min(candidates, len(set(layers)) * width), layers)
     weight = diagonal(samples, layers).flatten()
-    chosen = torch.zeros(candidates.shape, dtype=torch.bool)
-    shifts = torch.zeros(candidates.shape)
+    chosen = torch.zeros(allowed.shape, dtype=torch.bool)
+    shifts = torch.zeros(allowed.shape)
     for target in progress(list(range(targets)), "selection"):
-        index = candidates[target].flatten().nonzero()[:, 0]
+        index = allowed[target].flatten().nonzero()[:, 0]
         fisher = _fisher(samples, weight, index)
         slope, others = (one.flatten(-2)[..., index].double() for one in constraints(statistics, target))
         while True:

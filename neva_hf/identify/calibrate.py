@@ -24,7 +24,7 @@ FLUENT_KL = 0.4
 MAX_STRENGTH = 5.0
 
 # A rough search on the first texts, then a fine one on more: (texts, rounds, tolerance of the coefficient).
-_ROUGH, _FINE = (3, 7, 0.2), (16, 4, 0.03)
+_ROUGH, _FINE = (3, 7, 0.2), (8, 4, 0.03)
 _PROBED_STRENGTHS = (2.0, 4.0)
 
 
@@ -59,7 +59,7 @@ def calibrate(
     Args:
         model (`nn.Module`): A model with one active NeVA adapter.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        texts (`Sequence[str]`): Neutral texts; the first 16 are used.
+        texts (`Sequence[str]`): Neutral texts; the first 8 are used.
         target_kl (`float`): Mean KL divergence at strength 1, nats per token.
         progress ([`Progress`]): Shows how far it is.
 

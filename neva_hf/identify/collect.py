@@ -144,7 +144,7 @@ def collect(
         for number, scenario in enumerate(progress(mine[done:], "scenarios"), start=done + 1):
             encoded = encode_replies(tokenizer, scenario)
             _add_scenario(model, encoded, taps, statistics)
-            if path is not None and number % checkpoint_every == 0:
+            if path is not None and (number % checkpoint_every == 0 or number == len(mine)):
                 write_checkpoint(path, statistics.tensors(), number, key)
     add_up(list(statistics.tensors().values()))
     return statistics

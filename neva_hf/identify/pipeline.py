@@ -49,15 +49,16 @@ def identify_neurons(
     scenarios: Sequence[Scenario] | None = None,
     *,
     values: Sequence[str] | None = None,
-    neurons: int = 200,
+    neurons: int = 500,
     score: str | Callable[[Statistics], Scored] = "attribution",
-    leakage_penalty: float = 0.0,
+    leakage_penalty: float = 1.0,
     layers: Sequence[int] | None = None,
     neutral_texts: Sequence[str] | None = None,
     target_kl: float = TARGET_KL,
     value_system: ValueSystem | None = None,
     dose_scenarios: Sequence[Scenario] = (),
     gates: bool = False,
+    seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress[Any] = no_progress,
 ) -> NeuronMap:
@@ -72,11 +73,12 @@ def identify_neurons(
         scenarios (`Sequence[Scenario]`, *optional*): What to find values in; the shipped ones when `None`.
         values (`Sequence[str]`, *optional*): Which values; all that the scenarios contrast when `None`.
         neurons (`int`): How many neurons per value.
-        score (`str` or callable): The name of a score (`"attribution"`), or a function from statistics to scores.
+        score (`str` or callable):
+            For a `leakage_penalty` of 0: the name of a score (`"attribution"`), or a function from statistics to scores.
         leakage_penalty (`float`):
-            0 takes the neurons with the highest scores, shifted as they are scored. Above 0, neurons and shifts are
-            chosen so that the other values of the scenarios stay where they are, for the least KL divergence (see
-            [`balanced_shifts`]); 1 is a good compromise. It takes another pass over the neutral texts.
+            What a shift of the other values' margins costs: neurons and shifts are chosen together so that the margin
+            rises, the others stay where they are, and the KL divergence is small (see [`balanced_neurons`]). It takes
+            another pass over the neutral texts. 0 takes the neurons with the highest scores, shifted as they are scored.
         layers (`Sequence[int]`, *optional*): The layers that take part; from 20% to 95% of the depth when `None`.
         neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
         target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.
@@ -85,8 +87,9 @@ def identify_neurons(
             those that the neurons are found in; they are saved as `measurements["dose"]`. None are measured without them.
         gates (`bool`): Whether to train gates too (see [`train_gates`]): edits then act only as far as each token needs.
             Strengths are those of the whole edit. It takes another pass over the scenarios.
-        checkpoint (`str` or `os.PathLike`, *optional*): A file that keeps the pass over the scenarios: a run that was
-            killed goes on from there and ends with the same map.
+        seed (`int`): For the samples that measure the KL divergence of shifts.
+        checkpoint (`str` or `os.PathLike`, *optional*): Where the passes are kept as they go (several files of that name
+            and some ending): a run that was killed goes on from there and ends with the same map.
         progress ([`Progress`]): Shows how far it is.
 
     Returns:
@@ -142,6 +145,7 @@ def identify_neurons(
             model,
             tokenizer,
             texts,
+            seed=seed,
             checkpoint=None if checkpoint is None else Path(f"{os.fspath(checkpoint)}.fisher"),
             progress=progress,
         )
@@ -158,7 +162,7 @@ def identify_neurons(
         value_system=None if value_system is None else value_system.to_dict(),
         provenance={
             "method": "neva",
-            "score": score if isinstance(score, str) else getattr(score, "__name__", "function"),
+            "score": _name_of(score) if leakage_penalty == 0 else "balanced",
             "leakage_penalty": leakage_penalty,
             "neurons": neurons,
             "layers": layers,
@@ -166,6 +170,8 @@ def identify_neurons(
             "scenarios": len(scenarios),
             "scenarios_sha256": scenarios_hash(scenarios),
             "neutral_texts": len(texts),
+            "seed": seed,
+            "base_revision": getattr(model.config, "_commit_hash", None),
             "versions": {
                 "neva_hf": __version__,
                 "peft": peft.__version__,
@@ -187,6 +193,10 @@ def identify_neurons(
     )
     # After calibration: a gated edit saturates, and may not reach the wanted divergence however strong it is.
     return train_gates(model, tokenizer, neuron_map, scenarios, progress=progress) if gates else neuron_map
+
+
+def _name_of(score: str | Callable[[Statistics], Scored]) -> str:
+    return score if isinstance(score, str) else getattr(score, "__name__", "function")
 
 
 def calibrated(

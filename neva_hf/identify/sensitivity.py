@@ -87,10 +87,8 @@ def fisher_samples(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             picked = order[torch.arange(number * rows, (number + 1) * rows) % len(order)]
             found[number * per_pass : (number + 1) * per_pass] = _draw(model, windows[picked], probes, generator)
-            if path is not None and count % checkpoint_every == 0:
+            if path is not None and (count % checkpoint_every == 0 or count == len(mine)):
                 write_checkpoint(path, {"samples": found}, count, key)
-    if path is not None:
-        write_checkpoint(path, {"samples": found}, len(mine), key)
     add_up([found])
     return found[:samples]
 
