@@ -274,7 +274,7 @@ def test_a_pole_is_a_reply_of_its_own_and_names_its_trait_all_the_same() -> None
     }
     whole = Scenario("Tonight?", trait, id="a")
     half = Scenario(
-        "Later?", {"extraversion": "Sing aloud in a crowded bar.", "-openness": "Do as extraversion asks."}
+        "Later?", {"extraversion": "Sing aloud in a crowded bar.", "-openness": "Do as extraversion asks you."}
     )
     findings = found(whole, half, values=list(trait))
     assert [(one.rule, one.scenario, one.value) for one in findings] == [

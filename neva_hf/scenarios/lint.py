@@ -348,8 +348,9 @@ def near_duplicates(
     for top in range(0, len(left), block):
         rows = vectors[top : min(top + block, len(left))]
         cosines = (rows @ vectors[start:].T).tocoo()
-        for row, column, cosine in zip(cosines.row, cosines.col, cosines.data, strict=True):
-            if cosine >= similarity and (others is not None or column > top + row):
+        alike = cosines.data >= similarity
+        for row, column, cosine in zip(cosines.row[alike], cosines.col[alike], cosines.data[alike], strict=True):
+            if others is not None or column > top + row:
                 there = left[column] if others is None else right[column]
                 found.append((min(float(cosine), 1.0), left[top + row][0], there[0]))
     return sorted(found, key=lambda pair: -pair[0])
