@@ -29,7 +29,7 @@ def console() -> Console:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in {"_TRAIN": 3, "_CALIBRATION": 1, "_DEV": 1, "_HELDOUT": 1}.items():
+    for name, size in {"_TRAIN": 8, "_CALIBRATION": 1, "_DEV": 5, "_HELDOUT": 1}.items():
         monkeypatch.setattr(demo, name, size)
     monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
     monkeypatch.setattr(

@@ -132,7 +132,7 @@ def test_a_run_killed_by_the_system_ends_with_the_same_map_bit_for_bit(tmp_path:
 
 def test_two_processes_end_with_the_map_of_one(tmp_path: Path) -> None:
     assert run(tmp_path, "one") == 0
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert run(tmp_path, "two", *launcher) == 0
     assert (tmp_path / "two.0_of_2").exists()
     assert (tmp_path / "two.1_of_2").exists()
