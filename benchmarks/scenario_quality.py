@@ -20,7 +20,7 @@ from typing import Any
 
 import neva_hf.scenarios
 from neva_hf import Scenario, load_scenarios
-from neva_hf.scenarios import SPLITS, lint, scenario_values
+from neva_hf.scenarios import SPLITS, lint, scenario_values, style
 
 RESULTS = Path(__file__).parent / "results"
 CARD = Path(neva_hf.scenarios.__file__).parent / "README.md"
@@ -41,7 +41,7 @@ def style_overlap(scenarios: list[Scenario]) -> float:
     """How many style words and marks two replies to one question have in common: intersection by union, mean."""
     shares = []
     for scenario in scenarios:
-        bags = [Counter(lint.mask_content(reply).split()) for reply in scenario.replies.values()]
+        bags = [Counter(style.mask_content(reply).split()) for reply in scenario.replies.values()]
         for bag in bags:
             del bag["x"]
         shares += [(one & other).total() / (one | other).total() for one, other in itertools.combinations(bags, 2)]
@@ -50,7 +50,7 @@ def style_overlap(scenarios: list[Scenario]) -> float:
 
 def spread(scenarios: list[Scenario], count: str) -> float:
     """How much larger the mean of a count is for the value with most than for the one with least."""
-    means = [found[count] for found in lint.mean_counts(scenarios).values()]
+    means = [found[count] for found in style.mean_counts(scenarios).values()]
     return max(means) / min(means) - 1
 
 
@@ -103,22 +103,22 @@ def main() -> None:
             *(
                 [
                     f"value told from style words, C = {C}",
-                    *of_unseen(lambda some, C=C: lint.style_accuracy(train, some, C)),
+                    *of_unseen(lambda some, C=C: style.style_accuracy(train, some, C)),
                 ]
                 for C in (0.01, 0.1, 1)
             ),
-            ["the same learnt from dev, C = 0.1", "", "", f"{lint.style_accuracy(found['dev'], found['test']):.2f}"],
-            ["value told from counts", *of_unseen(lambda some: lint.count_accuracy(train, some))],
+            ["the same learnt from dev, C = 0.1", "", "", f"{style.style_accuracy(found['dev'], found['test']):.2f}"],
+            ["value told from counts", *of_unseen(lambda some: style.count_accuracy(train, some))],
             [
                 "value told from counts less their mean in the scenario",
-                *of_unseen(lambda some: lint.count_accuracy(train, some, relative=True)),
+                *of_unseen(lambda some: style.count_accuracy(train, some, relative=True)),
             ],
             *(
                 [
                     f"mean {count}: value with most over value with least",
                     *of_all(lambda some, c=count: f"{spread(some, c):+.1%}"),
                 ]
-                for count in lint.COUNTS[:4]
+                for count in style.COUNTS[:4]
             ),
             ["style words that two replies to a question share", *of_all(lambda some: f"{style_overlap(some):.2f}")],
             [
@@ -145,7 +145,7 @@ def main() -> None:
         "",
         "The set `schwartz`. Told from style words or counts: accuracy of a logistic regression that learns from train,",
         "where chance is 0.10. Style words: scikit-learn's `ENGLISH_STOP_WORDS`, contractions and punctuation, with every",
-        "other word masked. Counts: " + ", ".join(lint.COUNTS) + ".",
+        "other word masked. Counts: " + ", ".join(style.COUNTS) + ".",
         "Similarity: cosine of TF-IDF of runs of 3 to 5 characters.",
         "",
         *measures,

@@ -16,7 +16,7 @@ import datasets
 import pytest
 
 from neva_hf import NeVAError, Scenario, load_scenarios, scenarios
-from neva_hf.scenarios import SCENARIO_SETS, lint, load_neutral_texts
+from neva_hf.scenarios import SCENARIO_SETS, lint, load_neutral_texts, style
 from neva_hf.scenarios.lint import Finding, lint_scenarios
 
 SHIPPED = Path(scenarios.__file__).parent
@@ -31,7 +31,7 @@ unseen_splits = pytest.mark.parametrize("split", ["dev", "test"])
 
 def spread(scenarios: list[Scenario], count: str) -> float:
     """How many times as large the mean of a count is for the value with most as for the one with least."""
-    means = [found[count] for found in lint.mean_counts(scenarios).values()]
+    means = [found[count] for found in style.mean_counts(scenarios).values()]
     return max(means) / min(means)
 
 
@@ -81,13 +81,13 @@ def test_counts_tell_the_value_of_an_unseen_reply_hardly_better_than_chance(
     split: str, relative: bool, most: float
 ) -> None:
     train, unseen = load_scenarios("schwartz", "train"), load_scenarios("schwartz", split)
-    assert lint.count_accuracy(train, unseen, relative=relative) <= most
+    assert style.count_accuracy(train, unseen, relative=relative) <= most
 
 
 @unseen_splits
 @pytest.mark.parametrize("C", [0.01, 0.1, 1])
 def test_style_that_is_learnt_from_the_training_replies_tells_few_values_of_unseen_ones(split: str, C: float) -> None:
-    assert lint.style_accuracy(load_scenarios("schwartz", "train"), load_scenarios("schwartz", split), C) <= 0.20
+    assert style.style_accuracy(load_scenarios("schwartz", "train"), load_scenarios("schwartz", split), C) <= 0.20
 
 
 # The shipped scenarios: nothing recurs
@@ -340,7 +340,7 @@ def test_a_name_is_found_in_its_inflections(text: str, values: list[str], named:
 
 
 def test_counts_are_what_they_say() -> None:
-    assert dict(zip(lint.COUNTS, lint.counts("Well, I won't. A two-part, odd day."), strict=True)) == {
+    assert dict(zip(style.COUNTS, style.counts("Well, I won't. A two-part, odd day."), strict=True)) == {
         "words": 7,
         "characters": 35,
         "commas": 2,
@@ -350,7 +350,7 @@ def test_counts_are_what_they_say() -> None:
 
 
 def test_masking_leaves_style_only() -> None:
-    assert lint.mask_content("She’d rather swim, since 12 rivers DON'T freeze; Malmö's too!") == (
+    assert style.mask_content("She’d rather swim, since 12 rivers DON'T freeze; Malmö's too!") == (
         "she'd rather x , since x x don't x ; x too !"
     )
 
@@ -382,14 +382,14 @@ def test_values_that_are_told_by_style_words_are_found_and_content_is_not_seen(C
     styles = {value: lambda draw, c, s=style: sentence(draw, c, s) for value, style in
               {"power": "the from", "security": "a with", "hedonism": "and into"}.items()}  # fmt: skip
     told = [drawn(seed, styles) for seed in (1, 2)]
-    assert lint.style_accuracy(*told, C) == 1
+    assert style.style_accuracy(*told, C) == 1
     # Each value has its content words, and any style.
     topics = {
         value: lambda draw, _, w=word: any_style(draw, [w, w + "s"])
         for value, word in {"power": "throne", "security": "lock", "hedonism": "cake"}.items()
     }
     untold = [drawn(seed, topics) for seed in (1, 2)]
-    assert lint.style_accuracy(*untold, C) < 0.5
+    assert style.style_accuracy(*untold, C) < 0.5
 
 
 def test_values_that_are_told_by_counts_are_found() -> None:
@@ -403,12 +403,12 @@ def test_values_that_are_told_by_counts_are_found() -> None:
         return write
 
     told = [drawn(seed, {"power": of_length(0, 0), "security": of_length(4, 0)}) for seed in (1, 2)]
-    assert lint.count_accuracy(*told) == 1
+    assert style.count_accuracy(*told) == 1
     # All lengths vary more between scenarios than the values differ.
     hidden = [drawn(seed, {"power": of_length(0, 8), "security": of_length(2, 8)}) for seed in (1, 2)]
-    assert lint.count_accuracy(*hidden) < 0.7
-    assert lint.count_accuracy(*hidden, relative=True) > 0.9
-    assert lint.count_accuracy(*[drawn(seed, {"power": any_style, "security": any_style}) for seed in (1, 2)]) < 0.65
+    assert style.count_accuracy(*hidden) < 0.7
+    assert style.count_accuracy(*hidden, relative=True) > 0.9
+    assert style.count_accuracy(*[drawn(seed, {"power": any_style, "security": any_style}) for seed in (1, 2)]) < 0.65
 
 
 def test_values_with_other_commas_or_negations_are_found() -> None:
@@ -422,8 +422,8 @@ def test_values_with_other_commas_or_negations_are_found() -> None:
     }
     for texts, name in ((commas, "commas"), (negated, "negation words")):
         told = [drawn(seed, texts) for seed in (1, 2)]
-        assert lint.count_accuracy(*told) == 1
-        assert {value: means[name] for value, means in lint.mean_counts(told[0]).items()} == {
+        assert style.count_accuracy(*told) == 1
+        assert {value: means[name] for value, means in style.mean_counts(told[0]).items()} == {
             "power": 1,
             "security": 0,
         }
@@ -487,10 +487,10 @@ def _no_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
     "measure",
     [
         lambda some: lint_scenarios(some),
-        lambda some: lint.mask_content("A word."),
+        lambda some: style.mask_content("A word."),
         lambda some: lint.near_duplicates(some),
-        lambda some: lint.style_accuracy(some, some),
-        lambda some: lint.count_accuracy(some, some),
+        lambda some: style.style_accuracy(some, some),
+        lambda some: style.count_accuracy(some, some),
     ],
     ids=["lint", "mask", "duplicates", "style", "counts"],
 )

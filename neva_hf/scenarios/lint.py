@@ -1,8 +1,8 @@
 """What can make scenarios dishonest: replies that tell their value by length, style or a name, and texts that recur.
 
-`lint_scenarios` looks at anyone's scenarios and warns. The other functions measure one thing each; the tests run them on
-the shipped scenarios. `mask_content`, `style_accuracy`, `count_accuracy` and `near_duplicates` need scikit-learn
-(`pip install "neva-hf[scenarios]"`), which is imported on their first use.
+`lint_scenarios` looks at anyone's scenarios and warns. The other functions look for one thing each; the tests run them on
+the shipped scenarios. `near_duplicates` needs scikit-learn (`pip install "neva-hf[scenarios]"`), which is imported on its
+first use. How much style tells is measured in style.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from .loader import Scenario, scenario_values
 # the question.
 Place = tuple[str, str]
 
-COUNTS = ("words", "characters", "commas", "full stops", "negation words")
-
 _WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*")
-_TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]")
 _NEGATION = re.compile(
     r"\b(?:no|not|nor|never|neither|none|nobody|nothing|nowhere|cannot|[a-z]+n't|without|instead|rather than|unless|despite"
     r"|avoid(?:s|ed|ing)?|den(?:y|ies|ied|ying)|forget(?:s|ting)?|ignor(?:e|es|ed|ing)|refus(?:e|es|ed|ing|al)"
@@ -34,11 +31,6 @@ _NEGATION = re.compile(
     re.IGNORECASE,
 )
 _SUFFIX = re.compile(r"(?:ion|ism|ence|ance|ity|e?ment|ness|e)\Z")
-# What ENGLISH_STOP_WORDS of scikit-learn lacks: contractions, and a few more words that carry style.
-_CONTRACTION = re.compile(
-    r"(?:i|you|he|she|it|we|they|that|there|here|what|who|how|where|let)'(?:m|d|ll|re|s|ve)|[a-z]+n't"
-)
-_STYLE_WORDS = "any both did does each few just so some such sure than too yeah yes"
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,7 @@ def words(text: str) -> list[str]:
     ["don't", 'wait', 'a', 'well-lit', 'room']
     ```
     """
-    return _WORD.findall(_plain(text).lower())
+    return _WORD.findall(plain(text).lower())
 
 
 def negations(text: str) -> list[str]:
@@ -162,7 +154,7 @@ def negations(text: str) -> list[str]:
 
     Words that negate by a prefix or only nearly ("unusual", "hardly", "lack") are not among them.
     """
-    return _NEGATION.findall(_plain(text))
+    return _NEGATION.findall(plain(text))
 
 
 def named_values(text: str, values: Iterable[str]) -> list[str]:
@@ -183,111 +175,12 @@ def named_values(text: str, values: Iterable[str]) -> list[str]:
     ['self_direction', 'security']
     ```
     """
-    plain = _plain(text)
+    straight = plain(text)
     names = dict.fromkeys(value.removeprefix("-") for value in values)
-    return [name for name in names if _name_pattern(name).search(plain)]
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """What can be counted without reading: words, characters, commas, full stops, negation words (`COUNTS`)."""
-    return (len(words(text)), len(text), text.count(","), text.count("."), len(negations(text)))
-
-
-def mask_content(text: str) -> str:
-    """A text of which only the style is left: each content word and number becomes `x`.
-
-    Kept are the words of scikit-learn's `ENGLISH_STOP_WORDS`, contractions, and marks of punctuation.
-
-    Returns:
-        `str`: Lower case, with spaces between all words and marks.
-
-    Raises:
-        `NeVAError`: If scikit-learn is missing.
-
-    Example:
-
-    ```py
-    >>> from neva_hf.scenarios.lint import mask_content
-    >>> mask_content("Choose the river, since it's free.")
-    "x the x , since it's x ."
-    ```
-    """
-    kept = _sklearn("feature_extraction.text").ENGLISH_STOP_WORDS.union(_STYLE_WORDS.split())
-    tokens = _TOKEN.findall(_plain(text).lower())
-    return " ".join(
-        token if token in kept or not token[0].isalnum() or _CONTRACTION.fullmatch(token) else "x" for token in tokens
-    )
+    return [name for name in names if _name_pattern(name).search(straight)]
 
 
 # Many texts
-
-
-def mean_counts(scenarios: Sequence[Scenario]) -> dict[str, dict[str, float]]:
-    """The mean of each of `COUNTS` over the replies of each value.
-
-    Returns:
-        `dict[str, dict[str, float]]`: Key of `replies` -> name of the count -> mean.
-    """
-    rows: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for scenario in scenarios:
-        for value, text in scenario.replies.items():
-            rows[value].append(counts(text))
-    return {
-        value: {name: sum(column) / len(column) for name, column in zip(COUNTS, zip(*found, strict=True), strict=True)}
-        for value, found in rows.items()
-    }
-
-
-def count_accuracy(train: Sequence[Scenario], unseen: Sequence[Scenario], *, relative: bool = False) -> float:
-    """How often the counts of a reply (`COUNTS`) tell its value: of ten values, chance is 0.10.
-
-    Args:
-        train (`Sequence[Scenario]`): What a logistic regression on the standardized counts learns from.
-        unseen (`Sequence[Scenario]`): What it is tried on.
-        relative (`bool`): Counts less their mean over the replies of the scenario.
-
-    Returns:
-        `float`: The share of the unseen replies whose value it names.
-
-    Raises:
-        `NeVAError`: If scikit-learn is missing.
-    """
-    linear, pipeline, scaling = (_sklearn(name) for name in ("linear_model", "pipeline", "preprocessing"))
-
-    def features(scenarios: Sequence[Scenario]) -> list[list[float]]:
-        rows: list[list[float]] = []
-        for scenario in scenarios:
-            found = [counts(text) for text in scenario.replies.values()]
-            means = [sum(column) / len(column) if relative else 0.0 for column in zip(*found, strict=True)]
-            rows += [[count - mean for count, mean in zip(row, means, strict=True)] for row in found]
-        return rows
-
-    model = pipeline.make_pipeline(scaling.StandardScaler(), linear.LogisticRegression(max_iter=2000))
-    return float(model.fit(features(train), _labels(train)).score(features(unseen), _labels(unseen)))
-
-
-def style_accuracy(train: Sequence[Scenario], unseen: Sequence[Scenario], C: float = 0.1) -> float:
-    """How often style alone ([`mask_content`]) tells the value of a reply: of ten values, chance is 0.10.
-
-    Args:
-        train (`Sequence[Scenario]`): What a logistic regression on the bag of style words learns from.
-        unseen (`Sequence[Scenario]`): What it is tried on.
-        C (`float`): How freely it may fit, as in scikit-learn.
-
-    Returns:
-        `float`: The share of the unseen replies whose value it names.
-
-    Raises:
-        `NeVAError`: If scikit-learn is missing.
-    """
-    text, linear = _sklearn("feature_extraction.text"), _sklearn("linear_model")
-    bag = text.CountVectorizer(token_pattern=r"[^ ]+")
-    seen, new = (
-        [mask_content(reply) for scenario in scenarios for reply in scenario.replies.values()]
-        for scenarios in (train, unseen)
-    )
-    model = linear.LogisticRegression(C=C, max_iter=2000).fit(bag.fit_transform(seen), _labels(train))
-    return float(model.score(bag.transform(new), _labels(unseen)))
 
 
 def repeated_phrases(scenarios: Sequence[Scenario], length: int = 5, most: int = 2) -> dict[str, list[Place]]:
@@ -336,13 +229,13 @@ def near_duplicates(
     Raises:
         `NeVAError`: If scikit-learn is missing.
     """
-    vectorizer = _sklearn("feature_extraction.text").TfidfVectorizer(
+    vectorizer = sklearn_module("feature_extraction.text").TfidfVectorizer(
         analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True
     )
     left, right = _texts(scenarios), _texts(others or [])
     if not left:
         return []
-    vectors = vectorizer.fit_transform([_plain(text) for _, text in [*left, *right]])
+    vectors = vectorizer.fit_transform([plain(text) for _, text in [*left, *right]])
     start, block = (0 if others is None else len(left)), 256
     found: list[tuple[float, Place, Place]] = []
     for top in range(0, len(left), block):
@@ -359,7 +252,7 @@ def near_duplicates(
 # Helpers
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """With straight apostrophes, so that words are found whichever ones somebody types."""
     return text.replace("’", "'").replace("ʼ", "'")
 
@@ -393,10 +286,6 @@ def _texts(scenarios: Sequence[Scenario]) -> list[tuple[Place, str]]:
     ]
 
 
-def _labels(scenarios: Sequence[Scenario]) -> list[str]:
-    return [value for scenario in scenarios for value in scenario.replies]
-
-
 def _phrases(scenarios: Sequence[Scenario], length: int, questions: bool) -> dict[str, list[Place]]:
     """Each run of `length` words -> where it stands; a text that repeats it counts once."""
     found: dict[str, list[Place]] = defaultdict(list)
@@ -409,7 +298,7 @@ def _phrases(scenarios: Sequence[Scenario], length: int, questions: bool) -> dic
     return found
 
 
-def _sklearn(module: str) -> Any:
+def sklearn_module(module: str) -> Any:
     """A module of scikit-learn, or an error that says what to install."""
     try:
         return importlib.import_module(f"sklearn.{module}")
