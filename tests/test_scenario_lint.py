@@ -138,9 +138,9 @@ def test_the_lint_has_nothing_to_say_of_the_shipped_scenarios(name: str) -> None
 
 SCENARIO_COLUMNS = ["id", "domain", "form", "question", "replies"]
 CONFIGS: dict[str, tuple[dict[str, int], list[str]]] = {
-    "schwartz": ({"train": 108, "dev": 36, "test": 36}, SCENARIO_COLUMNS),
+    "schwartz": ({"train": 198, "dev": 36, "test": 36}, SCENARIO_COLUMNS),
     "big_five": ({"train": 10}, SCENARIO_COLUMNS),
-    "neutral": ({"calibration": 32, "heldout": 32}, ["id", "kind", "text"]),
+    "neutral": ({"calibration": 144, "heldout": 32}, ["id", "kind", "text"]),
 }
 
 

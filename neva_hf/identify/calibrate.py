@@ -23,7 +23,7 @@ TARGET_KL = 0.05
 FLUENT_KL = 0.4
 MAX_STRENGTH = 5.0
 
-# A rough search on the first texts, then a fine one on more: (texts, rounds, tolerance of the coefficient).
+# A rough search on a few texts, then a fine one on more: (texts, rounds, tolerance of the coefficient).
 _ROUGH, _FINE = (3, 7, 0.2), (8, 4, 0.03)
 _PROBED_STRENGTHS = (2.0, 4.0)
 
@@ -59,7 +59,7 @@ def calibrate(
     Args:
         model (`nn.Module`): A model with one active NeVA adapter.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        texts (`Sequence[str]`): Neutral texts; the first 8 are used.
+        texts (`Sequence[str]`): Neutral texts; 8 of them are used (see [`spread`]).
         target_kl (`float`): Mean KL divergence at strength 1, nats per token.
         progress ([`Progress`]): Shows how far it is.
 
@@ -79,7 +79,7 @@ def calibrate(
     for count, rounds, tolerance in (_ROUGH, _FINE):
         for last in [False] * rounds + [True]:
             # What is measured last is what holds: no coefficient changes after it.
-            found = damage(model, tokenizer, texts[:count], rows, progress=progress)
+            found = damage(model, tokenizer, spread(texts, count), rows, progress=progress)
             factors = [_factor(one.kl, target_kl, value) for one, (value, _) in zip(found, ends, strict=True)]
             if last or all(abs(factor - 1) <= tolerance for factor in factors):
                 break
@@ -87,13 +87,35 @@ def calibrate(
                 units[value][sign > 0] *= factor
     _check_reached(found, ends, target_kl)
     at_one = [one.kl for one in found]
-    config.ranges = _fluent_ranges(model, tokenizer, texts[: _ROUGH[0]], ends, at_one, progress)
+    config.ranges = _fluent_ranges(model, tokenizer, spread(texts, _ROUGH[0]), ends, at_one, progress)
     for layer in neva_layers(model):
         layer.refresh()
     measured: dict[str, Any] = {value: {} for value in config.values}
     for one, (value, sign) in zip(found, ends, strict=True):
         measured[value][f"{sign:+d}"] = {"kl": one.kl, "perplexity_ratio": one.perplexity_ratio}
     return Calibration(units=units, ranges=config.ranges, measured=measured)
+
+
+def spread(texts: Sequence[str], count: int) -> list[str]:
+    """So many texts, evenly over all of them: the shipped ones are sorted by kind.
+
+    Args:
+        texts (`Sequence[str]`): The texts.
+        count (`int`): How many.
+
+    Returns:
+        `list[str]`: All of them, if there are no more than `count`.
+
+    Example:
+
+    ```py
+    >>> from neva_hf.identify.calibrate import spread
+    >>> spread(["a", "b", "c", "d", "e", "f"], 3)
+    ['a', 'c', 'e']
+    ```
+    """
+    count = min(count, len(texts))
+    return [texts[place * len(texts) // count] for place in range(count)]
 
 
 def check_target_kl(target_kl: float) -> None:

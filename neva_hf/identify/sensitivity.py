@@ -2,12 +2,14 @@
 
 For a small shift d of the neurons, the mean KL divergence from the base model is `d.F.d / 2` nats per token, F being the
 Fisher matrix of the next-token distributions with respect to d. F has as many rows as neurons, so it is kept as samples:
-with one token y drawn per position from the model's own distribution and random signs e, the gradient of
-`sum over positions of e * log p(y)`, divided by the root of the number of positions, has the covariance F. (A standard
-estimate of the Fisher matrix, Martens 2020, arXiv 1412.1193, section 5; the random signs are ours.)
+with z a standard normal number for each position and token of the vocabulary, the gradient of
+`sum over positions and tokens y of z_y * sqrt(p(y)) * log p(y)`, divided by the root of the number of positions, has the
+covariance F. (The Fisher matrix is the expectation of outer products of `grad log p(y)`, Martens 2020, arXiv 1412.1193,
+section 5. To weigh all tokens at once rather than to draw one, as usual, is ours: drawn tokens give heavy tails.)
 
-How good a shift is depends on how many samples there are, hardly on how many tokens each is taken from: few samples make
-neurons look harmless that are not. So texts are cut into short windows, each of which gives samples of its own.
+How good a shift is depends on how many samples there are and on how much text they come from, hardly on how many tokens
+each is taken from: with few of them, neurons look harmless that are not. So texts are cut into short windows, each of
+which gives samples of its own.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def fisher_samples(
         samples (`int`): How many.
         window (`int`): From how many tokens each is taken.
         rows (`int`): How many windows run at once.
-        seed (`int`): For the order of the windows, and the drawn tokens and signs.
+        seed (`int`): For the order of the windows, and the random numbers.
         checkpoint (`Path`, *optional*): A file to write the samples to as they are found, and to go on from.
         checkpoint_every (`int`): After how many passes.
         progress ([`Progress`]): Shows how far it is.
@@ -71,7 +73,8 @@ def fisher_samples(
     """
     modules = list(find_down_projections(model).values())
     windows = _windows(tokenizer, texts, window)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    # (another seed than that of the first pass, or the order and what it draws would be one stream of numbers)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed + 7))
     per_pass = _DRAWS * rows
     passes = list(range(-(-samples // per_pass)))
     found = torch.zeros(len(passes) * per_pass, len(modules), layer_sizes(modules[0])[0])
@@ -143,16 +146,14 @@ def _draw(model: nn.Module, ids: torch.Tensor, probes: _Probes, generator: torch
     probes.rows = len(ids)
     with torch.enable_grad():
         log_probs = model(input_ids=ids.to(device), use_cache=False).logits.float().log_softmax(-1)
-        cumulated = log_probs.detach().exp().cumsum(-1)
+        root = (log_probs.detach() / 2).exp()
+        vectors = [probes.vectors[layer] for layer in range(len(probes.vectors))]
         samples = []
         for draw in range(_DRAWS):
-            # Inverse sampling: the first token at which the cumulated probability exceeds the draw.
-            uniform = torch.rand(*ids.shape, 1, generator=generator).to(device) * cumulated[..., -1:]
-            drawn = torch.searchsorted(cumulated, uniform).clamp(max=log_probs.shape[-1] - 1)
-            signs = torch.randint(0, 2, ids.shape, generator=generator).to(device) * 2 - 1
-            told = (log_probs.gather(-1, drawn)[..., 0] * signs).sum()
-            vectors = [probes.vectors[layer] for layer in range(len(probes.vectors))]
-            gradients = torch.autograd.grad(told, vectors, retain_graph=draw + 1 < _DRAWS)
+            normal = torch.randn(log_probs.shape, generator=generator).to(device)
+            gradients = torch.autograd.grad(
+                log_probs, vectors, grad_outputs=normal * root, retain_graph=draw + 1 < _DRAWS
+            )
             samples.append(torch.stack([one[:, 0].cpu() for one in gradients], dim=1) / ids.shape[1] ** 0.5)
     return torch.cat(samples)
 
@@ -160,4 +161,4 @@ def _draw(model: nn.Module, ids: torch.Tensor, probes: _Probes, generator: torch
 def _key(model: nn.Module, windows: torch.Tensor, settings: list[int]) -> str:
     """What a checkpoint must agree in to be taken up."""
     words = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    return json.dumps(["sensitivity", str(getattr(model, "name_or_path", "")), words, settings])
+    return json.dumps(["sensitivity, all tokens", str(getattr(model, "name_or_path", "")), words, settings])
