@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from .errors import NeVAError
+from .fingerprint import fingerprint, weights_message
 from .projection import layer_sizes
+
+# What must be the same in a model for a map to fit it.
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+FACTS = ("model_type", *SIZES, "num_attention_heads", "num_key_value_heads", "hidden_act")
 
 # Module name endings of the last projection of a decoder block's feed-forward network. The ones on the left of a pair
 # are looked for inside decoder blocks only, so that heads and adapters elsewhere are never taken.
@@ -123,26 +130,64 @@ def refuse_experts(module: nn.Module, name: str) -> None:
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What a map remembers of the shape of its base model, to refuse others.
+    """What a map remembers of its base model, to refuse others and to know their weights again.
 
     Args:
-        model (`nn.Module`): A causal language model of transformers, without adapters.
+        model (`nn.Module`): A causal language model of transformers; adapters on it are looked through.
 
     Returns:
-        `dict[str, Any]`: `model_type`, `hidden_size`, `intermediate_size` and `num_hidden_layers`.
+        `dict[str, Any]`: `model_type`, `hidden_size`, `intermediate_size`, `num_hidden_layers`, and, where the model tells
+            them, `num_attention_heads`, `num_key_value_heads`, `hidden_act`, `name`, `revision` (a commit of the Hub) and
+            `fingerprint` (see [`~neva_hf.fingerprint.fingerprint`]).
     """
+    embeddings_of: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = embeddings_of() if embeddings_of is not None else None
+    told = {
+        "name": getattr(model, "name_or_path", None) or None,
+        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "fingerprint": fingerprint(embeddings, decoder_blocks(model)[1]),
+    }
+    return describe_architecture(model) | {key: item for key, item in told.items() if item is not None}
+
+
+def describe_architecture(model: nn.Module) -> dict[str, Any]:
+    """The part of [`describe_base`] that all fine-tunes of a model share."""
+    config = text_config(model)
     first = next(iter(find_down_projections(model).values()))
     d_ff, hidden = layer_sizes(first)
+    optional = {
+        key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads", "hidden_act")
+    }
     return {
-        "model_type": getattr(text_config(model), "model_type", type(model).__name__),
+        "model_type": getattr(config, "model_type", type(model).__name__),
         "hidden_size": hidden,
         "intermediate_size": d_ff,
         "num_hidden_layers": len(decoder_blocks(model)[1]),
-    }
+    } | {key: item for key, item in optional.items() if isinstance(item, (int, str))}
+
+
+def architecture_differences(
+    base: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str] = FACTS
+) -> list[str]:
+    """In what two descriptions of base models differ, in words; what only one of them tells is no difference.
+
+    Args:
+        base (`Mapping[str, Any]`): What a map remembers ([`describe_base`]).
+        here (`Mapping[str, Any]`): Another such description.
+        keys (`Sequence[str]`): What is compared.
+
+    Returns:
+        `list[str]`: Such as `"hidden_size is 64, the map needs 32"`.
+    """
+    return [
+        f"{key} is {here[key]}, the map needs {base[key]!s:.80}"
+        for key in keys
+        if base.get(key) is not None and here.get(key) is not None and base[key] != here[key]
+    ]
 
 
 def check_base(model: nn.Module, base: dict[str, Any] | None, module_names: list[str]) -> None:
-    """Refuses a map on a base model that it does not fit.
+    """Refuses a map on a base model of another architecture. Whose weights they are is not looked at.
 
     Args:
         model (`nn.Module`): The base model.
@@ -154,23 +199,34 @@ def check_base(model: nn.Module, base: dict[str, Any] | None, module_names: list
     """
     modules = dict(model.named_modules())
     missing = [name for name in module_names if name not in modules]
-    if base is not None:
-        here = describe_base(model)
-        differing = [
-            f"{key} is {here[key]}, the map needs {base[key]}"
-            for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
-            if key in base and base[key] != here[key]
-        ]
+    here = {} if base is None else describe_architecture(model)
+    # Sizes first: they say more than the names of modules, and these say more than the rest.
+    for keys in (SIZES, FACTS):
+        differing = architecture_differences(base or {}, here, keys)
         if differing:
             raise NeVAError(
-                f"This neuron map was made for another model ({base.get('model_type', 'unknown type')}): in "
+                f"This neuron map was made for another model ({(base or {}).get('model_type', 'unknown type')!s:.80}): in "
                 f"{type(model).__name__}, {'; '.join(differing)}. Load the base model that the map names, or make a map "
                 "for this one with `neva identify`."
             )
-    if missing:
-        raise NeVAError(
-            f"This neuron map was made for another model: it edits {missing[0]!r}"
-            f"{f' and {len(missing) - 1} more modules' if len(missing) > 1 else ''}, which "
-            f"{type(model).__name__} does not have (it has, for example, {next(iter(find_down_projections(model)))!r}). "
-            "Load the base model that the map names, or make a map for this one with `neva identify`."
-        )
+        if missing:
+            raise NeVAError(
+                f"This neuron map was made for another model: it edits {missing[0]!r:.600}"
+                f"{f' and {len(missing) - 1} more modules' if len(missing) > 1 else ''}, which "
+                f"{type(model).__name__} does not have (it has, for example, {next(iter(find_down_projections(model)))!r})."
+                " Load the base model that the map names, or make a map for this one with `neva identify`."
+            )
+
+
+def warn_of_weights(model: nn.Module, base: dict[str, Any] | None) -> None:
+    """Warns where a map is put on weights that it was not made on, such as a fine-tune's.
+
+    Args:
+        model (`nn.Module`): A base model that [`check_base`] let pass.
+        base (`dict[str, Any]`, *optional*): What the map remembers. Without a fingerprint nothing is known.
+    """
+    if base is None or base.get("fingerprint") is None:
+        return
+    message = weights_message(base, describe_base(model))
+    if message is not None:
+        warnings.warn(message, UserWarning, stacklevel=2)

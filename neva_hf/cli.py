@@ -142,6 +142,12 @@ if typer is not None:
             ),
         ] = 4,
         limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many scenarios.")] = None,
+        samples: Annotated[
+            int,
+            typer.Option(
+                min=1, help="How many samples tell what shifts cost: more take longer and find better shifts."
+            ),
+        ] = 2048,
         target_kl: Annotated[
             float, typer.Option(help="KL divergence from the base model at strength 1, in nats per token.")
         ] = 0.05,
@@ -222,6 +228,7 @@ if typer is not None:
                 value_system=definitions,
                 dose_scenarios=dosed,
                 gates=gates,
+                samples=samples,
                 checkpoint=(checkpoint or output / ".identify") / "pass",
                 progress=show_progress(console),
             )
@@ -281,10 +288,15 @@ if typer is not None:
             console.print(title, markup=False, style="bold", soft_wrap=True)
             console.print(values_table(found))
             console.print(layers_table(found))
-            for title, content in (("Made by", found.config.provenance), ("Base model", found.config.base or {})):
+            base = {key: item for key, item in (found.config.base or {}).items() if key != "fingerprint"}
+            for title, content in (("Made by", found.config.provenance), ("Base model", base)):
                 console.print(f"[bold]{title}[/]")
                 for key, item in content.items():
                     console.print(f"  {printable(key)}: {printable(item)}", markup=False, soft_wrap=True)
+
+    from .cli_evaluate import evaluate
+
+    app.command()(evaluate)
 
     def _piped_line() -> str:
         line = sys.stdin.readline()
@@ -333,6 +345,19 @@ if typer is not None:
 
     def _names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
+
+    from .cli_export import export_app
+
+    app.add_typer(export_app, name="export")
+
+    from . import cli_hub
+
+    cli_hub.register(app)
+
+    from . import cli_maps
+
+    app.command()(cli_maps.diff)
+    app.command()(cli_maps.merge_maps)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from strangers' repositories, so every field is checked when it is made.
 from __future__ import annotations
 
 import enum
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,80 +17,26 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from .config_checks import (
+    MAX_GATE_PROBABILITY,
+    check_base_facts,
+    check_counts,
+    check_module_names,
+    check_pairs,
+    check_value_names,
+    is_number,
+)
 from .errors import NeVAError
 from .strengths import MAX_STRENGTH
+from .strict_json import check_plain
 
-MAX_VALUES = 256
-MAX_NEURONS_PER_MODULE = 1 << 20
-# Beyond it float32 knows no finite logit that could be reached for.
-MAX_GATE_PROBABILITY = 0.999999
-
-# `gate` is a keyword of the calls that also take values by name, so no value may have that name.
-RESERVED_NAMES = frozenset({"gate"})
-
-_VALUE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
+__all__ = ["NeVAConfig", "NevaType", "check_value_names"]
 
 
 class NevaType(str, enum.Enum):
     """The PEFT type of the method. PEFT's own enum is closed, and PEFT reads `.value` of what stands in its place."""
 
     NEVA = "NEVA"
-
-
-def check_value_names(values: Any) -> list[str]:
-    """Checks the value names of a map, in the order of its tensors' rows.
-
-    Args:
-        values (`list[str]`): Lower-case names such as `benevolence` or `self_direction`.
-
-    Returns:
-        `list[str]`: The same names, as a new list.
-
-    Raises:
-        `NeVAError`: For no names at all, more than 256, a name twice, or a name that is not snake_case.
-
-    Example:
-
-    ```py
-    >>> from neva_hf.config import check_value_names
-    >>> check_value_names(["benevolence", "power"])
-    ['benevolence', 'power']
-    ```
-    """
-    if isinstance(values, str) or not isinstance(values, (list, tuple)):
-        raise NeVAError(f"`values` must be a list of names such as ['benevolence', 'power'], got {values!r:.80}.")
-    if not 1 <= len(values) <= MAX_VALUES:
-        raise NeVAError(f"`values` must hold 1 to {MAX_VALUES} names, got {len(values)}.")
-    for name in values:
-        if not isinstance(name, str) or not _VALUE_NAME.match(name) or name in RESERVED_NAMES:
-            raise NeVAError(
-                f"{name!r:.80} cannot be the name of a value: use lower-case letters, digits and underscores, at most "
-                f"64, beginning with a letter (and not {sorted(RESERVED_NAMES)}), such as 'self_direction'."
-            )
-    repeated = sorted({name for name in values if values.count(name) > 1})
-    if repeated:
-        raise NeVAError(f"Each value may stand once in `values`, but these stand more often: {repeated}.")
-    return list(values)
-
-
-def _is_number(number: Any, low: float, high: float) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
-
-
-def _check_pairs(field_name: str, pairs: Any, values: list[str], low: float, high: float) -> dict[str, list[float]]:
-    """Checks a mapping value -> [negative side, positive side]."""
-    if not isinstance(pairs, Mapping):
-        raise NeVAError(f"`{field_name}` must map values to two numbers, got {type(pairs).__name__}.")
-    checked = {}
-    for name, pair in pairs.items():
-        if name not in values:
-            raise NeVAError(f"`{field_name}` names {name!r:.80}, which is not one of this map's values {values}.")
-        if not isinstance(pair, (list, tuple)) or [_is_number(number, low, high) for number in pair] != [True, True]:
-            raise NeVAError(
-                f"`{field_name}[{name!r}]` must be two numbers between {low:g} and {high:g}, got {pair!r:.80}."
-            )
-        checked[name] = [float(number) for number in pair]
-    return checked
 
 
 @dataclass
@@ -173,45 +120,97 @@ class NeVAConfig(PeftConfig):
     measurements: dict[str, Any] = field(default_factory=dict, metadata={"help": "What was measured when made."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # PEFT passes the type as the text that it read; code passes none, or the type itself.
+        read_by_peft = type(self.peft_type) is str
+        try:
+            super().__post_init__()
+        except TypeError as error:  # (a task type that cannot even be looked up)
+            raise NeVAError(f"`task_type` must be one of PEFT's task types, got {self.task_type!r:.80}.") from error
         self.peft_type = NevaType.NEVA
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
+        if read_by_peft and isinstance(self.target_modules, str):
+            # A stranger's expression could keep the matcher busy for years, and the tensors name their modules anyway.
+            raise NeVAError(
+                f"`target_modules` of this neuron map is the regular expression {self.target_modules!r:.80}, and those of "
+                "files are not run. Load the map with NeVAModel.from_pretrained, and save it again."
+            )
         self._check_target_modules()
         self.values = check_value_names(self.values)
-        self.neurons = self._checked_neurons()
+        self.neurons = check_counts(self.neurons, len(self.values))
         for name in ("use_gain", "use_gate"):
             if not isinstance(getattr(self, name), bool):
                 raise NeVAError(f"`{name}` must be True or False, got {getattr(self, name)!r:.80}.")
-        if not _is_number(self.gate_probability, 0.5, MAX_GATE_PROBABILITY):
+        if not is_number(self.gate_probability, 0.5, MAX_GATE_PROBABILITY):
             raise NeVAError(
                 f"`gate_probability` must be between 0.5 and {MAX_GATE_PROBABILITY}, got {self.gate_probability!r:.80}."
             )
-        self.units = _check_pairs("units", self.units, self.values, 0.0, MAX_STRENGTH)
-        self.ranges = _check_pairs("ranges", self.ranges, self.values, -MAX_STRENGTH, MAX_STRENGTH)
+        self.units = check_pairs("units", self.units, self.values, 0.0, MAX_STRENGTH)
+        self.ranges = check_pairs("ranges", self.ranges, self.values, -MAX_STRENGTH, MAX_STRENGTH)
         for name, (lowest, highest) in self.ranges.items():
             if lowest > 0 or highest < 0:
                 raise NeVAError(f"`ranges[{name!r}]` must hold 0 between its ends, got [{lowest:g}, {highest:g}].")
         self._check_default_strengths()
+        for name in ("base_model_name_or_path", "revision"):
+            text = getattr(self, name)
+            if text is not None and not isinstance(text, str):
+                raise NeVAError(f"`{name}` must be a text or None, got {type(text).__name__}.")
         for name in ("provenance", "measurements"):
             if not isinstance(getattr(self, name), Mapping):
                 raise NeVAError(f"`{name}` must be a dictionary, got {type(getattr(self, name)).__name__}.")
-        for name in ("base_model_name_or_path", "revision"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise NeVAError(f"`{name}` must be a text or None, got {type(getattr(self, name)).__name__}.")
         for name in ("value_system", "base"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), Mapping):
                 raise NeVAError(f"`{name}` must be a dictionary or None, got {type(getattr(self, name)).__name__}.")
+        for name in ("provenance", "measurements", "value_system", "base"):
+            check_plain(getattr(self, name), f"`{name}`")
+        if self.base is not None:
+            check_base_facts(self.base)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> NeVAConfig:
+        """Reads a config as PEFT does, after a look at both files of the map.
+
+        This is where PEFT passes before it puts an adapter of this type into a model, so that most of what
+        [`NeuronMap.from_pretrained`] refuses is refused there too (see [`~neva_hf.map_files.check_for_peft`]).
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or the id of a Hub repository.
+            subfolder (`str`, *optional*): Where in it.
+            kwargs (`Any`): As for [`~peft.PeftConfig.from_pretrained`], such as `revision` and `token`.
+
+        Returns:
+            [`NeVAConfig`]: The config.
+
+        Raises:
+            `NeVAError`: If the map is not sound.
+        """
+        # (the reading of files is built on this class)
+        from .map_files import check_for_peft
+
+        modules = check_for_peft(pretrained_model_name_or_path, subfolder, kwargs)
+        config: NeVAConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        if modules is not None:
+            config.target_modules = sorted(modules)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields that a config file holds, read strictly."""
+        from .map_files import read_fields
+
+        # (PEFT takes the regular expressions of files; the names of the tensors take its place)
+        fields = read_fields(path_json_file)
+        return fields | ({"target_modules": None} if isinstance(fields.get("target_modules"), str) else {})
 
     def _check_target_modules(self) -> None:
         if isinstance(self.target_modules, (list, tuple, set)):
-            if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
-                raise NeVAError(f"`target_modules` must hold names of modules, got {self.target_modules!r:.80}.")
-            self.target_modules = sorted(self.target_modules)
+            self.target_modules = sorted(check_module_names("target_modules", self.target_modules))
         elif isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise NeVAError(
                     f"`target_modules` is one text, {self.target_modules!r:.80}, which must be a regular expression "
                     f"({error}). Give a list for names."
@@ -222,25 +221,13 @@ class NeVAConfig(PeftConfig):
                 f"{type(self.target_modules).__name__}."
             )
 
-    def _checked_neurons(self) -> int | dict[str, int]:
-        counts = list(self.neurons.values()) if isinstance(self.neurons, Mapping) else [self.neurons]
-        names = list(self.neurons) if isinstance(self.neurons, Mapping) else ["all modules"]
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise NeVAError(f"`neurons` must map names of modules to numbers, got {self.neurons!r:.80}.")
-        for count in counts:
-            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_NEURONS_PER_MODULE:
-                raise NeVAError(
-                    f"`neurons` must be a positive whole number or map module names to such numbers, got {count!r:.80}."
-                )
-        return dict(self.neurons) if isinstance(self.neurons, Mapping) else self.neurons
-
     def _check_default_strengths(self) -> None:
         if not isinstance(self.default_strengths, Mapping):
             raise NeVAError("`default_strengths` must map values to numbers, such as {'benevolence': 1.0}.")
         for name, strength in self.default_strengths.items():
             if name not in self.values:
                 raise NeVAError(f"`default_strengths` names {name!r:.80}, not one of this map's values {self.values}.")
-            if not _is_number(strength, -MAX_STRENGTH, MAX_STRENGTH):
+            if not is_number(strength, -MAX_STRENGTH, MAX_STRENGTH):
                 raise NeVAError(
                     f"`default_strengths[{name!r}]` must be a number between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}, got "
                     f"{strength!r:.80}."

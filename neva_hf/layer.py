@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import NeVAConfig
 from .edit import Call, GeneralEdit, LayerEdit, add_folded, add_general, same_layout
 from .errors import NeVAError
+from .module_edits import TENSORS, check_numbers
 from .projection import can_fuse, columns, device_and_dtype, is_plain, layer_sizes, stored_weight, version
 from .strengths import scale_by_units
 
@@ -246,6 +247,9 @@ class NeVALayer(nn.Module, BaseTunerLayer):
 
     def _columns(self, adapter_name: str) -> torch.Tensor:
         index = self.tensor("index", adapter_name)
+        # Once more, since transformers fills the tensors of an adapter that it loads without asking anyone.
+        present = [kind for kind in TENSORS if adapter_name in getattr(self, f"neva_{kind}")]
+        check_numbers(self.module_name, {kind: self.tensor(kind, adapter_name) for kind in present}, None)
         lowest, highest = int(index.min()), int(index.max())
         if lowest < 0 or highest >= self.in_features:
             raise NeVAError(

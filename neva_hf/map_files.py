@@ -1,86 +1,53 @@
-"""The files of a neuron map: found, read and checked.
+"""The files of a neuron map: read and checked.
 
-A map may come from a stranger, so everything is checked before it is used, nothing but JSON and safetensors is ever
-read, and whatever is wrong comes out as a `NeVAError`.
+Invariants: a map may come from a stranger, so nothing but JSON and safetensors is ever opened, whatever lies beside
+them; names, dtypes and shapes are checked against the config before a tensor is read, and the numbers before they are
+used; and whatever is wrong comes out as a `NeVAError`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .config import NeVAConfig
+from .config_checks import MAX_MODULES, check_module_name
 from .errors import NeVAError
+from .module_edits import PREFIX, TENSORS, ModuleEdits, check_module, check_shapes
+from .strict_json import read_json_object
+from .tensor_header import TensorInfo, read_header
 
-PREFIX = "base_model.model."
+__all__ = ["PREFIX", "TENSORS", "ModuleEdits", "check_module", "natural_order", "read_config", "read_modules"]
+
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_TENSOR_BYTES = 2**30
 
-TENSORS = ("index", "shift", "gain", "gate_weight", "gate_bias")
+_DTYPES = {"I32": torch.int32, "F32": torch.float32}
+# What other programs would load in place of the weights. Reading a pickle may run code.
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt", "adapter_model.pkl")
 
 
-@dataclass(frozen=True, eq=False)
-class ModuleEdits:
-    """The edits of one down projection: `V` values, `k` neurons.
-
-    Args:
-        index (`torch.Tensor`): The edited input features, int32 `[k]`, each once.
-        shift (`torch.Tensor`): Float32 `[V, k]`; 0 where a value leaves a neuron alone.
-        gain (`torch.Tensor`, *optional*): Float32 `[V, k]`.
-        gate_weight (`torch.Tensor`, *optional*): Float32 `[V, k]`.
-        gate_bias (`torch.Tensor`, *optional*): Float32 `[V]`.
-    """
-
-    index: torch.Tensor
-    shift: torch.Tensor
-    gain: torch.Tensor | None = None
-    gate_weight: torch.Tensor | None = None
-    gate_bias: torch.Tensor | None = None
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are there, by their names on disk without the prefix `neva_`."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ModuleEdits):
-            return NotImplemented
-        here, there = self.tensors(), other.tensors()
-        return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def read_config(path: str | os.PathLike[str]) -> NeVAConfig:
-    """Reads and checks an `adapter_config.json` of a neuron map.
+def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the fields of an `adapter_config.json`, without looking at what they say.
 
     Args:
         path (`str` or `os.PathLike`): The file.
 
     Returns:
-        [`NeVAConfig`]: The configuration.
+        `dict[str, Any]`: Field -> what it holds.
 
     Raises:
-        `NeVAError`: If the file is too large, no JSON, not NeVA's, or has fields that cannot be used.
+        `NeVAError`: If the file is too large, no sound JSON, not NeVA's, or has fields that are not known.
     """
     path = Path(path)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise NeVAError(f"{path.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB; that is no config of a neuron map.")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise NeVAError(f"{path.name} is not valid JSON ({error}); the neuron map is damaged.") from error
-    if not isinstance(loaded, Mapping):
-        raise NeVAError(f"{path.name} must hold a JSON object, got {type(loaded).__name__}.")
+    loaded = read_json_object(path, MAX_CONFIG_BYTES)
     if loaded.get("peft_type") != "NEVA":
         raise NeVAError(
             f"This is a PEFT adapter of the type {loaded.get('peft_type')!r:.40}, not a neuron map ('NEVA'). Load it "
@@ -93,12 +60,31 @@ def read_config(path: str | os.PathLike[str]) -> NeVAConfig:
             f"{path.name} has fields that this version does not know: {', '.join(unknown[:5])}. If the map was made by a "
             "newer version, update with `pip install -U neva-hf`."
         )
+    return loaded
+
+
+def read_config(path: str | os.PathLike[str]) -> NeVAConfig:
+    """Reads and checks an `adapter_config.json` of a neuron map.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Returns:
+        [`NeVAConfig`]: The configuration.
+
+    Raises:
+        `NeVAError`: See [`read_fields`], or if a field cannot be used.
+    """
+    loaded = read_fields(path)
+    if isinstance(loaded.get("target_modules"), str):
+        # A regular expression of a stranger is neither compiled nor run: the tensors name their modules.
+        loaded["target_modules"] = None
     try:
         return NeVAConfig(**{key: value for key, value in loaded.items() if key != "peft_type"})
     except NeVAError:
         raise
     except (TypeError, ValueError) as error:
-        raise NeVAError(f"{path.name} cannot be used: {error}") from error
+        raise NeVAError(f"{Path(path).name} cannot be used: {error}") from error
 
 
 def read_modules(path: str | os.PathLike[str], config: NeVAConfig) -> dict[str, ModuleEdits]:
@@ -109,41 +95,116 @@ def read_modules(path: str | os.PathLike[str], config: NeVAConfig) -> dict[str, 
         config ([`NeVAConfig`]): Its configuration.
 
     Returns:
-        `dict[str, ModuleEdits]`: Module name -> edits, in the file's order of modules.
+        `dict[str, ModuleEdits]`: Module name -> edits, in the natural order of modules.
 
     Raises:
-        `NeVAError`: For a damaged file, strange keys, wrong dtypes or sizes.
+        `NeVAError`: For a damaged file, strange keys, wrong dtypes or sizes. What the numbers are is not looked at.
     """
     path = Path(path)
-    if path.stat().st_size > MAX_TENSOR_BYTES:
-        raise NeVAError(f"{path.name} is larger than {MAX_TENSOR_BYTES >> 30} GiB; that is no neuron map.")
+    announced = check_header(path, config)
     found: dict[str, dict[str, torch.Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                module, _, tensor = key.rpartition(".neva_")
-                if not key.startswith(PREFIX) or tensor not in TENSORS:
-                    raise NeVAError(f"{path.name} holds {key!r:.120}, which is no tensor of a neuron map.")
-                wanted = "I32" if tensor == "index" else "F32"
-                if file.get_slice(key).get_dtype() != wanted:
-                    raise NeVAError(f"{key} must be {wanted}, got {file.get_slice(key).get_dtype()}.")
-                found.setdefault(module.removeprefix(PREFIX), {})[tensor] = file.get_tensor(key)
-    except SafetensorError as error:
+            for module, tensors in announced.items():
+                for name, info in tensors.items():
+                    # (a copy, since the file may be replaced while the map is in use)
+                    tensor = file.get_tensor(f"{PREFIX}{module}.neva_{name}").clone()
+                    if tuple(tensor.shape) != info.shape or tensor.dtype != _DTYPES[info.dtype]:
+                        raise NeVAError(f"{path.name} was changed while it was read: try again.")
+                    found.setdefault(module, {})[name] = tensor
+    except (SafetensorError, OSError) as error:
         raise NeVAError(
             f"{path.name} is not a sound safetensors file ({error}); the neuron map is damaged."
         ) from error
+    return {module: ModuleEdits(**found[module]) for module in sorted(found, key=natural_order)}
+
+
+def check_header(path: str | os.PathLike[str], config: NeVAConfig) -> dict[str, dict[str, TensorInfo]]:
+    """Checks what the weights' file announces, before a tensor of it is read.
+
+    Args:
+        path (`str` or `os.PathLike`): An `adapter_model.safetensors`.
+        config ([`NeVAConfig`]): Its configuration.
+
+    Returns:
+        `dict[str, dict[str, TensorInfo]]`: Module name -> tensor name, such as `shift` -> dtype and shape.
+
+    Raises:
+        `NeVAError`: For a file that is too large or damaged, strange keys, wrong dtypes, sizes that do not fit the config
+            or each other, and a pickle beside the file.
+    """
+    path = Path(path)
+    refuse_pickles(path.parent)
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in read_header(path, MAX_TENSOR_BYTES).items():
+        module, _, tensor = key.rpartition(".neva_")
+        if not key.startswith(PREFIX) or tensor not in TENSORS:
+            raise NeVAError(f"{path.name} holds {key!r:.120}, which is no tensor of a neuron map.")
+        wanted = "I32" if tensor == "index" else "F32"
+        if info.dtype != wanted:
+            raise NeVAError(f"{key:.600} must be {wanted}, got {info.dtype}.")
+        found.setdefault(module.removeprefix(PREFIX), {})[tensor] = info
+    if len(found) > MAX_MODULES:
+        raise NeVAError(f"{path.name} edits {len(found)} modules, and a neuron map may edit {MAX_MODULES}.")
     for module, tensors in found.items():
         missing = [key for key in ("index", "shift") if key not in tensors]
         if missing:
-            raise NeVAError(f"The neuron map has no neva_{missing[0]} for {module!r}; it is damaged.")
-        if tensors["index"].numel() != config.neurons_in(module):
+            raise NeVAError(f"The neuron map has no neva_{missing[0]} for {module!r:.600}; it is damaged.")
+        check_module_name(path.name, module)
+        if tensors["index"].numel != config.neurons_in(module):
             raise NeVAError(
-                f"{path.name} edits {tensors['index'].numel()} neurons of {module!r}, its config says "
+                f"{path.name} edits {tensors['index'].numel} neurons of {module!r}, its config says "
                 f"{config.neurons_in(module)}: the two files are not of the same map."
             )
+        check_shapes(module, {key: info.shape for key, info in tensors.items()}, config)
     if isinstance(config.neurons, dict) and config.neurons.keys() != found.keys():
         raise NeVAError(f"{path.name} edits other modules than its config says: they are not of the same map.")
-    return {module: ModuleEdits(**found[module]) for module in sorted(found, key=natural_order)}
+    return found
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuses a folder that has a pickle where a map has its safetensors file, or beside it.
+
+    It would not be opened here; but other programs may take it for the map.
+    """
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if pickles:
+        raise NeVAError(
+            f"{pickles[0]} lies in the folder of the neuron map: it is a pickle, and reading one may run code. A map is "
+            f"{CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}; delete the pickle if you trust these two."
+        )
+
+
+def check_for_peft(where: str | os.PathLike[str], subfolder: str | None, hub: Mapping[str, Any]) -> list[str] | None:
+    """Looks at both files of a map before PEFT reads them itself.
+
+    PEFT then reads the same files (from the Hub: through the same cache), and the tuner checks the numbers when they
+    reach it. What cannot be checked from here: PEFT parses the config once before it asks this class; from the Hub, PEFT
+    takes the files of the branch as it is a moment later (pass a commit as `revision`); and the `load_adapter` of
+    transformers asks neither this function nor the tuner, so there only the config's fields are checked when it is
+    loaded, and the numbers when it is dialled. [`NeVAModel.from_pretrained`] checks everything.
+
+    Args:
+        where (`str` or `os.PathLike`): A folder, or the id of a Hub repository.
+        subfolder (`str`, *optional*): Where in it.
+        hub (`Mapping[str, Any]`): What PEFT was given, with `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        `list[str]`: The modules that the map edits; `None` for a folder with a config alone.
+
+    Raises:
+        `NeVAError`: If the map is not sound.
+    """
+    from .hub_files import find_map  # (built on this file)
+
+    folder = Path(where, subfolder or "")
+    if folder.is_dir():
+        refuse_pickles(folder)
+        if (folder / CONFIG_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            return None
+    options = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if hub.get(key) is not None}
+    files = find_map(where, hub.get("revision"), subfolder, options)
+    return list(check_header(files.tensors, read_config(files.config)))
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -158,55 +219,3 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     ```
     """
     return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
-
-
-def check_module(name: str, edits: ModuleEdits, config: NeVAConfig) -> None:
-    """Refuses edits of one module that do not fit their config or each other."""
-    count, number_of_values = edits.index.numel(), len(config.values)
-    if edits.index.dtype != torch.int32 or edits.index.dim() != 1 or count == 0:
-        raise NeVAError(f"neva_index of {name!r} must be a list of int32, got {_shape(edits.index)}.")
-    if int(edits.index.min()) < 0 or len(edits.index.unique()) != count:
-        raise NeVAError(f"neva_index of {name!r} must name each neuron once, by a number of at least 0.")
-    d_ff = (config.base or {}).get("intermediate_size")
-    if isinstance(d_ff, int) and int(edits.index.max()) >= d_ff:
-        raise NeVAError(f"neva_index of {name!r} names neuron {int(edits.index.max())}, but there are only {d_ff}.")
-    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("shift", "gain", "gate_weight"), (number_of_values, count))
-    sizes["gate_bias"] = (number_of_values,)
-    for key, tensor in edits.tensors().items():
-        if key == "index":
-            continue
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != sizes[key]:
-            raise NeVAError(f"neva_{key} of {name!r} must be float32 {list(sizes[key])}, got {_shape(tensor)}.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise NeVAError(f"neva_{key} of {name!r} holds numbers that are not finite.")
-    has_gate = edits.gate_weight is not None and edits.gate_bias is not None
-    one_gate = edits.gate_weight is not None or edits.gate_bias is not None
-    if (edits.gain is not None) != config.use_gain or has_gate != config.use_gate or one_gate != has_gate:
-        raise NeVAError(
-            f"{name!r} has the tensors {sorted(edits.tensors())}, which do not fit use_gain={config.use_gain} and "
-            f"use_gate={config.use_gate} of the config."
-        )
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def find_file(where: str | os.PathLike[str], filename: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
-    """A file of a map, from a folder or from the Hub (through its cache)."""
-    folder = Path(where, subfolder or "")
-    if Path(where).is_dir():
-        if not (folder / filename).is_file():
-            raise NeVAError(f"There is no neuron map in {folder}: {filename} is missing.")
-        return folder / filename
-    if Path(where).exists():
-        raise NeVAError(f"{where} is a file; give the folder of a neuron map, or the id of a Hub repository.")
-    try:
-        return Path(hf_hub_download(str(where), filename, subfolder=subfolder, **hub))
-    except HFValidationError as error:
-        raise NeVAError(f"There is no folder {where}, and it cannot be the id of a Hub repository.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise NeVAError(
-            f"No neuron map was found at {where!s}: there is no such folder, and from the Hub came: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-        ) from error

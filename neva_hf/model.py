@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModelForCausalLM, set_peft_model_state_dict
 from torch import nn
@@ -19,6 +19,9 @@ from .neuron_map import NeuronMap
 from .projection import layer_sizes
 from .strengths import RowStrengths, Strengths
 from .tuner import NeVATuner
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 class NeVAModel(PeftModelForCausalLM):
@@ -174,6 +177,22 @@ class NeVAModel(PeftModelForCausalLM):
         # "auto" would ask the Hub whether the vocabulary was resized; edits never touch embeddings.
         kwargs.setdefault("save_embedding_layers", False)
         super().save_pretrained(str(save_directory), **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, adapter_name: str = "default", **kwargs: Any) -> CommitInfo:
+        """Puts the neuron map on the Hub with its card. The base model stays where it is.
+
+        Args:
+            repo_id (`str`): The repository, such as `"user/neva-map"`; made if it is not there.
+            adapter_name (`str`): Which of the model's maps.
+            kwargs (`Any`): As for [`NeuronMap.push_to_hub`]: `private`, `revision`, `commit_message`, `create_pr`, `token`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: The commit, a `str` with its address.
+
+        Raises:
+            `NeVAError`: If it cannot be done; the repository is then as it was.
+        """
+        return NeuronMap.from_model(self, adapter_name).push_to_hub(repo_id, **kwargs)
 
 
 def _check_indices(base: nn.Module, neuron_map: NeuronMap) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 
 from .config import NeVAConfig, check_value_names
 from .errors import NeVAError
-from .map_files import PREFIX, TENSORS, ModuleEdits, check_module, find_file, natural_order, read_config, read_modules
+from .hub_files import find_map
+from .map_files import PREFIX, TENSORS, ModuleEdits, check_module, natural_order, read_config, read_modules
 from .strengths import unknown_value_message
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from torch import nn
 
     from .model import NeVAModel
@@ -225,10 +227,10 @@ class NeuronMap:
         Raises:
             `NeVAError`: If there is no map, or it is not sound.
         """
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        config_file = find_file(folder_or_repo, CONFIG_NAME, subfolder, hub)
-        config = read_config(config_file)
-        return cls(config, read_modules(find_file(folder_or_repo, SAFETENSORS_WEIGHTS_NAME, subfolder, hub), config))
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        files = find_map(folder_or_repo, revision, subfolder, hub)
+        config = read_config(files.config)
+        return cls(config, read_modules(files.tensors, config))
 
     @classmethod
     def from_model(cls, model: nn.Module, adapter_name: str = "default") -> NeuronMap:
@@ -261,6 +263,50 @@ class NeuronMap:
         if config is None:
             raise NeVAError(f"The model has no NeVA adapter named {adapter_name!r}.")
         return cls(replace(config), modules)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        **card: Any,
+    ) -> CommitInfo:
+        """Puts the map on the Hub with its card. See [`~neva_hf.hub.push_to_hub`].
+
+        Args:
+            repo_id (`str`): The repository, such as `"user/neva-map"`; made if it is not there.
+            private (`bool`, *optional*): Whether only you see it; what your account says when `None`.
+            revision (`str`, *optional*): A branch, made if it is not there; main when `None`.
+            subfolder (`str`, *optional*): Where in the repository.
+            commit_message (`str`, *optional*): What is new.
+            create_pr (`bool`): Whether to ask the owners by a pull request.
+            token (`str` or `bool`, *optional*): A Hub token that may write; the one that you logged in with when `None`.
+            card (`Any`): For the card: `base_model`, `license`, `datasets`, or `card=False`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: The commit, a `str` with its address.
+
+        Raises:
+            `NeVAError`: If it cannot be done; the repository is then as it was.
+        """
+        from .hub import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            revision=revision,
+            subfolder=subfolder,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+            **card,
+        )
 
     def apply_to(self, model: nn.Module, adapter_name: str = "default") -> NeVAModel:
         """Puts the map on its base model.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from . import dial
-from .architectures import check_base, find_down_projections, refuse_experts
+from .architectures import check_base, find_down_projections, refuse_experts, warn_of_weights
 from .config import NeVAConfig, NevaType
 from .errors import NeVAError
 from .layer import NeVALayer
+from .module_edits import PREFIX, TENSORS, ModuleEdits, check_module
 from .projection import is_plain
 from .strengths import RowStrengths, Strengths
 
@@ -51,10 +54,27 @@ class NeVATuner(BaseTuner):
     def _prepare_model(self, peft_config: NeVAConfig, model: nn.Module) -> None:
         named = list(peft_config.neurons) if isinstance(peft_config.neurons, dict) else []
         check_base(model, peft_config.base, named)
+        warn_of_weights(model, peft_config.base)
         if named and peft_config.target_modules is None:
             peft_config.target_modules = named
         if peft_config.target_modules is None:
             peft_config.target_modules = list(find_down_projections(model))
+        if isinstance(peft_config.target_modules, str):
+            # Names rather than the expression are saved, since expressions from files are not run. (Where none is
+            # matched, PEFT says so.)
+            pattern = re.compile(peft_config.target_modules)
+            matched = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
+            peft_config.target_modules = sorted(matched) or peft_config.target_modules
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: NeVAConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # The last place that all tensors pass which PEFT has read, before they are copied into the model.
+        _check_tensors(model, config, state_dict)
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
 
     def _create_and_replace(
         self,
@@ -121,6 +141,28 @@ class NeVATuner(BaseTuner):
                 "save the adapter.",
                 UserWarning,
                 stacklevel=3,
+            )
+
+
+def _check_tensors(model: nn.Module, config: NeVAConfig, state_dict: dict[str, torch.Tensor]) -> None:
+    """Refuses tensors that are no sound neuron map, or are not of the modules that the adapter is in."""
+    widths = {layer.module_name: layer.in_features for layer in dial.neva_layers(model)}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state_dict.items():
+        module, _, kind = key.removeprefix(PREFIX).rpartition(".neva_")
+        if module not in widths or kind not in TENSORS:
+            raise NeVAError(f"The adapter's tensors hold {key!r:.120}, which is none of this neuron map's.")
+        found.setdefault(module, {})[kind] = tensor
+    for module, tensors in found.items():
+        missing = [kind for kind in ("index", "shift") if kind not in tensors]
+        if missing:
+            raise NeVAError(f"The neuron map has no neva_{missing[0]} for {module!r}; it is damaged.")
+        check_module(module, ModuleEdits(**tensors), config)
+        last = int(tensors["index"].max())
+        if last >= widths[module]:
+            raise NeVAError(
+                f"The map edits neuron {last} of {module!r}, which has only {widths[module]}: it was made for another "
+                "model."
             )
 
 

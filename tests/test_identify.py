@@ -29,7 +29,7 @@ from tiny import (
 from transformers import PreTrainedModel
 
 from neva_hf import NeuronMap, NeVAConfig, NeVAError, NeVAModel, Scenario, identify_neurons, load_value_system
-from neva_hf.architectures import find_down_projections
+from neva_hf.architectures import describe_base, find_down_projections
 from neva_hf.identify import (
     SCORES,
     Scored,
@@ -530,7 +530,7 @@ def test_what_is_measured_belongs_to_the_units_that_are_written_when_the_rounds_
     edited = random_map(base, size=0.3).apply_to(base)
     module = sys.modules["neva_hf.identify.calibrate"]
     monkeypatch.setattr(module, "_ROUGH", (1, 1, 0.0))
-    monkeypatch.setattr(module, "_FINE", (None, 1, 0.0))
+    monkeypatch.setattr(module, "_FINE", (10**6, 1, 0.0))
     found = calibrate(edited, tiny_tokenizer(), TEXTS)
     for value in VALUES:
         for strength in (-1.0, 1.0):
@@ -646,12 +646,9 @@ def test_a_map_says_where_it_comes_from(tmp_path: Any) -> None:
     assert read.base_model == "someone/tiny"
     assert read.values == ["power", "security", "benevolence"]
     assert read.config.value_system == system.to_dict()
-    assert read.config.base == {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": D_FF,
-        "num_hidden_layers": LAYERS,
-    }
+    assert read.config.base == describe_base(model)
+    assert read.config.base["name"] == "someone/tiny"
+    assert read.config.base["fingerprint"]["weights"]
     told = read.config.provenance
     assert (told["method"], told["score"], told["neurons"]) == ("neva", "attribution", 8)
     assert (told["layers"], told["scenarios"], told["neutral_texts"]) == ([0, 1], len(SCENARIOS), len(TEXTS))
