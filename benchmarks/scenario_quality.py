@@ -86,7 +86,8 @@ def main() -> None:
         return f"{sum(row[2] == row[3] for row in shown)} of {len(shown)}"
 
     def rated(split: str) -> str:
-        return f"{mean(row[3] for row in ratings if row[0] == split):.1f}"
+        these = [row[3] for row in ratings if row[0] == split]
+        return f"{mean(these):.1f} of {len(these)}" if these else "not rated"
 
     def of_unseen(measure: Any) -> list[str]:
         return ["", *(f"{measure(found[split]):.2f}" for split in SPLITS[1:])]

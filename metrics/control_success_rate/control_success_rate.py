@@ -114,12 +114,12 @@ def check_targets(predictions, references):
 def wins(prediction, target):
     """The number of choices that the target's reply is in, and how many it wins before and after (a tie is half)."""
     values = list(prediction["values"])
-    before = dict(zip(values, prediction["before"], strict=True))
-    after = dict(zip(values, prediction["after"], strict=True))
-    if len(before) < len(values) or not len(values) == len(prediction["before"]) == len(prediction["after"]):
+    if not len(set(values)) == len(values) == len(prediction["before"]) == len(prediction["after"]):
         raise ValueError(
             f"`values`, `before` and `after` must be as long as each other, each value once: {prediction}."
         )
+    before = dict(zip(values, prediction["before"], strict=True))
+    after = dict(zip(values, prediction["after"], strict=True))
     if target not in values:
         return 0, 0.0, 0.0
     if len(values) == 1:
