@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neva_hf._version import __version__
-from neva_hf.baselines import METHODS, Dials, Evidence, Method, calibrated, from_model
+from neva_hf.baselines import METHODS, Dials, Evidence, Method, calibrated, from_model, random_neurons
 from neva_hf.errors import NeVAError
 from neva_hf.identify.calibrate import TARGET_KL
 from neva_hf.model import NeVAModel
@@ -79,6 +80,7 @@ def baseline_candidates(
     names: Sequence[str],
     evidence: Evidence,
     *,
+    neuron_map: NeuronMap | None = None,
     target_kl: float = TARGET_KL,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[Candidate]:
@@ -87,6 +89,8 @@ def baseline_candidates(
     Args:
         names (`Sequence[str]`): Keys of `METHODS`.
         evidence ([`Evidence`]): What they are fitted on.
+        neuron_map ([`NeuronMap`], *optional*): The map that they stand beside: random neurons are as many, with shifts as
+            large.
         target_kl (`float`): What strengths +1 and -1 cost, nats per token.
         checkpoint (`str` or `os.PathLike`, *optional*): A folder that keeps what calibration found.
 
@@ -105,12 +109,14 @@ def baseline_candidates(
     cost = _FIT_PASSES * sum(sum(map(len, one.replies.values())) / 4 for one in evidence.train)
 
     def candidate(name: str) -> Candidate:
-        key = fingerprint([name, agreed])
+        fit, key = METHODS[name], fingerprint([name, agreed])
+        if fit is random_neurons and neuron_map is not None:
+            fit, key = partial(random_neurons, neuron_map=neuron_map), fingerprint([key, map_fingerprint(neuron_map)])
 
         def make() -> Method:
             folder = None if checkpoint is None else Path(checkpoint)
             kept = Kept(folder, "calibration", [model_fingerprint(evidence.model), key])
-            fitted = METHODS[name](evidence)
+            fitted = fit(evidence)
             if "notes" not in kept:
                 kept.put(
                     "notes",
@@ -186,7 +192,9 @@ def compare(
         `NeVAError`: If a method is unknown, or cannot be evaluated on the scenarios.
     """
     methods = [] if neuron_map is None else [map_candidate(model, neuron_map)]
-    methods += baseline_candidates(baseline_names(baselines), evidence, target_kl=target_kl, checkpoint=checkpoint)
+    methods += baseline_candidates(
+        baseline_names(baselines), evidence, neuron_map=neuron_map, target_kl=target_kl, checkpoint=checkpoint
+    )
     return evaluate(methods, model, tokenizer, scenarios, checkpoint=checkpoint, tell=tell, **options)
 
 

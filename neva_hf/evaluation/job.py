@@ -123,7 +123,9 @@ class Job:
         return Run.of(
             [
                 map_candidate(base, neuron_map),
-                *baseline_candidates(names, evidence, target_kl=target_kl, checkpoint=self.state),
+                *baseline_candidates(
+                    names, evidence, neuron_map=neuron_map, target_kl=target_kl, checkpoint=self.state
+                ),
             ],
             base,
             tokenizer,
