@@ -79,7 +79,8 @@ def importing(rounds: int) -> dict[str, Any]:
     def fresh(package: str) -> None:
         subprocess.run([sys.executable, "-c", f"import {package}"], check=True, capture_output=True)
 
-    return compared(in_turn({name: partial(fresh, name) for name in ("peft", "neva_hf")}, rounds), "peft")
+    runs = {name: partial(fresh, name) for name in ("peft", "neva_hf")}
+    return compared(in_turn(runs, rounds, warmup=min(rounds - 1, 1)), "peft")
 
 
 def scoring(model: Any, tokenizer: Any, count: int, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -88,7 +88,11 @@ class Bench:
         with ExitStack() as stack:
             ids, decoders, made = self.prompt(batch), {}, {}
             for kind, model in self.dialled(batch, stack).items():
-                how = {"fullgraph": True, "mode": "reduce-overhead" if self.device.type == "cuda" else None}
+                how: dict[str, Any] = {"fullgraph": True}
+                if options.quick:
+                    how["backend"] = "eager"
+                elif self.device.type == "cuda":
+                    how["mode"] = "reduce-overhead"
                 forward = torch.compile(model, **how) if static else model
                 decoders[kind] = Decoder.of(
                     model, ids, options.steps + 4, model.config, static=static, forward=forward

@@ -182,7 +182,7 @@ class Decoder:
             room = ids.shape[1] + steps
             cache = StaticCache(config=config, max_cache_len=room) if static else DynamicCache(config=config)
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cls(forward or model, cache, ids[:, -1:].clone(), ids.shape[1])
+        return cls(model if forward is None else forward, cache, ids[:, -1:].clone(), ids.shape[1])
 
     def step(self) -> torch.Tensor:
         """One more token of each row: logits `[rows, 1, vocabulary]`."""

@@ -80,7 +80,11 @@ def _head(report: Mapping[str, Any]) -> list[str]:
 def _numbers(report: Mapping[str, Any]) -> list[str]:
     left_out = set() if "capability" in report else {"capability"}
     listed = [f"- **{word}**: {text}" for word, text in WORDS.items() if word not in left_out]
-    return ["## What the numbers mean", "", *listed]
+    bias = (
+        "Leakage adds up rises alone, so noise reads as leakage, and there is more noise in a bootstrap sample of the "
+        "questions than in the questions: the intervals of NLR, NGLR and own / other lie on the unfavourable side."
+    )
+    return ["## What the numbers mean", "", *listed, "", bias]
 
 
 def _methods(report: Mapping[str, Any]) -> list[str]:
