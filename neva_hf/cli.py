@@ -359,6 +359,10 @@ if typer is not None:
     app.command()(cli_maps.diff)
     app.command()(cli_maps.merge_maps)
 
+    from .space.cli_space import space
+
+    app.command()(space)
+
 
 def main() -> None:
     """The entry point of `neva`."""

@@ -44,7 +44,20 @@ from neva_hf.scenarios import load_scenarios, scenarios_hash
 from neva_hf.talk import AnswerOptions, ShownText, answers, stream_answer
 
 NEVA = Path(sysconfig.get_path("scripts")) / "neva"
-COMMANDS = ["demo", "identify", "chat", "inspect", "evaluate", "push", "pull", "card", "diff", "merge-maps", "export", "space"]
+COMMANDS = [
+    "demo",
+    "identify",
+    "chat",
+    "inspect",
+    "evaluate",
+    "push",
+    "pull",
+    "card",
+    "diff",
+    "merge-maps",
+    "export",
+    "space",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,7 +239,7 @@ def generate_rows(
 
 def read_rows(
     worker: Worker, limits: Limits, work: Callable[[Callable[[Rows], None], threading.Event], Rows]
-) -> Iterator[Rows]:
+) -> Generator[Rows, None, None]:
     """Runs work in its turn, and gives what it tells. A reader who is slower than the model gets the newest only.
 
     Args:
@@ -248,7 +248,7 @@ def read_rows(
         work (`Callable`): Takes where to tell, and an event that says that nobody reads any more; returns the last rows.
 
     Returns:
-        `Iterator[Rows]`: Closing it stops the work.
+        `Generator[Rows]`: Closing it stops the work.
 
     Raises:
         `NeVAError`: For whatever goes wrong, in a sentence that holds nothing of what was asked or answered.
