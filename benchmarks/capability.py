@@ -2,7 +2,7 @@
 
     pip install "neva-hf[capability]"
     python benchmarks/capability.py MAP --data FOLDER --dtype bfloat16
-    python benchmarks/capability.py MAP --data FOLDER --signs +1 & python ... --signs -1   # on two cores, and then both
+    python benchmarks/capability.py MAP --data FOLDER --signs +1 & python ... --signs -1   # on two cores
 
 Measured by EleutherAI's lm-evaluation-harness, zero-shot (`neva_hf.evaluation.capability` says what FOLDER holds and which
 questions are drawn). The very same model object answers with and without an edit: only its dials are turned. Written to
@@ -107,14 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
     run = partial(answers, benchmarks, model)
     pieces = [Piece(one, 1.0, partial(run, dials)) for one, dials in {"base": {}, **settings}.items()]
     work_off(kept, pieces, lambda line: print(line, flush=True))
-    if options.signs != "both":
-        print("done; run without --signs for the table of both")
-        return
+    # (also those of the other sign, if another run has measured them)
+    measured = [f"{sign:+d}/{value}" for sign in (1, -1) for value in values if f"{sign:+d}/{value}" in kept]
     result = {
         "map": Path(options.map).resolve().name,
         "base_model": neuron_map.base_model,
         "dtype": dtype,
-        **report(kept, list(settings), options.tasks),
+        **report(kept, measured, options.tasks),
     }
     (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     words = markdown(result)

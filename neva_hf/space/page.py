@@ -24,6 +24,7 @@ from .tab_tests import blind_tab, sweep_tab, wire_blind, wire_sweep
 from .views import conversation, gauge, sentence, status
 
 _KEYS = ("dials", "q", "seed", "t", "gate", "map")
+_FIRST = "bold_explorer"
 _HERE = "() => [location.origin + location.pathname]"
 _READY = "() => { document.body.dataset.neva = 'ready'; }"  # for whoever drives a browser: the link has been read
 
@@ -57,7 +58,7 @@ def build(engine: Engine, *, gpu: Decorator = no_gpu, maps: Sequence[str] = ()) 
             label="Your question",
             show_label=False,
             container=False,
-            placeholder="Ask something where values matter, and press Enter",
+            placeholder="Ask something where values matter",
             lines=1,
             max_lines=4,
             elem_id="question",
@@ -189,9 +190,9 @@ def looks() -> dict[str, Any]:
 
 
 def first_dials(engine: Engine) -> Dials:
-    """How the dials stand for whoever comes without a link: as the first preset, so that there is something to see."""
-    presets = presets_for(engine.values, engine.ranges)
-    return dict(presets[0].dials) if presets else {}
+    """How the dials stand for whoever comes without a link: as in a preset, so that there is something to see."""
+    presets = {one.key: one.dials for one in presets_for(engine.values, engine.ranges)}
+    return dict(presets.get(_FIRST, {}))
 
 
 def read_link(engine: Engine, query: dict[str, str]) -> tuple[Link, Engine]:

@@ -184,7 +184,7 @@ def gauge(engine: Engine, dials: Mapping[str, float], expected: Expected | None)
     words = dose_word(expected.kl)
     ticks = "".join(
         f'<span class="nv-at" style="left:{100 * kl / _MOST_DOSE:.1f}%">{name}</span>'
-        for kl, name in ((UNIT_KL, "1"), (4 * UNIT_KL, "2"))
+        for kl, name in ((UNIT_KL, "one dial at 1"), (4 * UNIT_KL, "at 2"))
     )
     more = " or more" if expected.beyond else ""
     meter = (
