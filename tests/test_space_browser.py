@@ -37,7 +37,9 @@ CHROMIUM = next(
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
 
 QUESTION = "What now?"
-PATIENCE = int(os.environ.get("NEVA_PATIENCE", "60000"))  # milliseconds, for a machine that is busy with something else
+PATIENCE = int(
+    os.environ.get("NEVA_PATIENCE", "60000")
+)  # milliseconds, for a machine that is busy with something else
 expect.set_options(timeout=PATIENCE)
 
 
@@ -257,7 +259,9 @@ def test_a_link_brings_back_dials_question_and_seed(visit: Any) -> None:
     assert first.page.evaluate("navigator.clipboard.readText()") == link
     second = visit("?" + link.partition("?")[2])
     expect(second.page.locator("#question textarea")).to_have_value("Why <b>not</b>?")
-    assert second.dials() == first.dials() == {"self_direction": 0.7, "stimulation": 1.2, "power": -1.5, "security": -0.4}
+    assert (
+        second.dials() == first.dials() == {"self_direction": 0.7, "stimulation": 1.2, "power": -1.5, "security": -0.4}
+    )
     second.page.get_by_role("button", name="Sampling").click()
     expect(second.page.get_by_label("Seed")).to_have_value("7")
     assert second.complaints == []
@@ -349,9 +353,10 @@ def test_what_is_taken_home_is_for_the_current_dials(visit: Any) -> None:
     assert visitor.page.locator("#take details").count() == 5
     visitor.page.locator("#take .nv-copy").first.click()
     expect(visitor.page.locator("#take .nv-copy").first).to_have_text("Copied")
-    assert visitor.page.evaluate("navigator.clipboard.readText()") == visitor.page.locator(
-        "#take code"
-    ).first.text_content()
+    assert (
+        visitor.page.evaluate("navigator.clipboard.readText()")
+        == visitor.page.locator("#take code").first.text_content()
+    )
 
 
 def test_a_bad_map_gives_a_sentence(visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

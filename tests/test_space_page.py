@@ -130,7 +130,9 @@ def test_the_control_has_every_value_in_its_order_with_its_range(engine: Engine)
     assert [value["angle"] for value in other["values"]] == [0.0, 180.0]
 
 
-@pytest.mark.parametrize("payload", ["power", ["power"], {"power": "1"}, {"power": 99}, {"courage": 1}, {"power": None}])
+@pytest.mark.parametrize(
+    "payload", ["power", ["power"], {"power": "1"}, {"power": 99}, {"courage": 1}, {"power": None}]
+)
 def test_dials_from_a_browser_are_checked(engine: Engine, payload: Any) -> None:
     with pytest.raises(NeVAError):
         read_dials(payload, engine)
@@ -293,7 +295,14 @@ def test_the_events_of_the_page_are_no_api(client: Client) -> None:
 def test_the_page_is_an_mcp_server_with_described_tools(address: str) -> None:
     with urllib.request.urlopen(f"{address}/gradio_api/mcp/schema") as answer:
         tools = {tool["name"]: tool for tool in yaml.safe_load(answer.read())}
-    assert {name.rpartition("_")[2] for name in tools} >= {"answer", "sweep", "values", "expected", "neurons", "neuron"}
+    assert {name.rpartition("_")[2] for name in tools} >= {
+        "answer",
+        "sweep",
+        "values",
+        "expected",
+        "neurons",
+        "neuron",
+    }
     one = next(tool for name, tool in tools.items() if name.endswith("answer"))
     assert "as the base model does" in one["description"]
     assert "benevolence" in one["inputSchema"]["properties"]["dials"]["description"]
@@ -333,7 +342,18 @@ def test_neva_space_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_neva_space_opens_the_page(tmp_path: Path) -> None:
     base, folder = saved(tmp_path)
-    command = [sys.executable, "-u", "-m", "neva_hf.cli", "space", "--map", str(folder), "--base", str(base), "--no-open"]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "neva_hf.cli",
+        "space",
+        "--map",
+        str(folder),
+        "--base",
+        str(base),
+        "--no-open",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None
@@ -351,9 +371,7 @@ def test_neva_space_opens_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zero_gpu", [False, True])
-def test_the_app_of_the_space_is_that_page(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, zero_gpu: bool
-) -> None:
+def test_the_app_of_the_space_is_that_page(engine: Engine, monkeypatch: pytest.MonkeyPatch, zero_gpu: bool) -> None:
     decorated = []
 
     def gpu(function: Any, duration: Any = None) -> Any:

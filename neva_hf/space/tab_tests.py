@@ -51,7 +51,7 @@ def sweep_tab(engine: Engine) -> dict[str, Any]:
             choices(engine), value=engine.values[0], label="Value", elem_id="sweep-value", filterable=False
         )
         question = gr.Textbox(QUESTIONS[0], label="Question", scale=3, elem_id="sweep-question")
-    run = gr.Button("Sweep", variant="primary", elem_id="sweep-run")
+        run = gr.Button("Sweep", variant="primary", elem_id="sweep-run", scale=0, min_width=110)
     shown = gr.HTML("", elem_id="sweep", apply_default_css=False)
     return {"value": value, "question": question, "run": run, "shown": shown}
 

@@ -90,19 +90,28 @@ def parting(base: str, edited: str, done: bool = True) -> int | None:
     return same
 
 
+def prose(text: str) -> str:
+    """A model's text as HTML: escaped, with what it writes between two stars in bold.
+
+    Example:
+
+    ```py
+    >>> prose("<b> is **bold**")
+    '&lt;b&gt; is <strong>bold</strong>'
+    ```
+    """
+    return _BOLD.sub(r"<strong>\1</strong>", escape(text))
+
+
 def _answer(text: str, place: int | None) -> str:
     """A text whose first words are those of the other answer, and where the two part."""
     if place is None:
-        return _bold(escape(text))
+        return prose(text)
     first = _WORD.match(text, place)
     end = first.end() if first else place
     word = f'<mark title="Here the answers begin to differ">{escape(text[place:end])}</mark>' if first else ""
-    shared = f'<span class="nv-same">{_bold(escape(text[:place]))}</span>' if place else ""
-    return f"{shared}{word}{_bold(escape(text[end:]))}"
-
-
-def _bold(escaped: str) -> str:
-    return _BOLD.sub(r"<strong>\1</strong>", escaped)
+    shared = f'<span class="nv-same">{prose(text[:place])}</span>' if place else ""
+    return f"{shared}{word}{prose(text[end:])}"
 
 
 def _card(kind: str, title: str, under: str, body: str, waiting: bool) -> str:

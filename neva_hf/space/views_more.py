@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from .engine import Engine
-from .views import settings, signed
+from .views import prose, settings, signed
 from .views_map import hue
 
 
@@ -28,7 +28,7 @@ def sweep(engine: Engine, value: str, strengths: Sequence[float], texts: Sequenc
     cards = "".join(
         f'<section class="nv-card nv-step" style="--share:{abs(strength) / reach:.2f}">'
         f"<header><div><h2>{signed(strength)}</h2><p>{'the base model' if not strength else escape(engine.label(value))}"
-        f'</p></div></header><div class="nv-text">{escape(text)}{cursor}</div></section>'
+        f'</p></div></header><div class="nv-text">{prose(text)}{cursor}</div></section>'
         for strength, text in zip(strengths, texts, strict=True)
     )
     return f'<div class="nv-sweep" style="--hue:{hue(engine, value)}">{cards}</div>'
@@ -55,7 +55,7 @@ def blind(texts: Sequence[str], done: bool, verdict: str = "", edited_first: boo
         under = ("with your dials" if edited else "as it is") if known else "which one is it?"
         cards.append(
             f'<section class="nv-card {kind}"><header><div><h2>Answer {"AB"[place]}</h2><p>{under}</p></div></header>'
-            f'<div class="nv-text">{escape(text)}{cursor}</div></section>'
+            f'<div class="nv-text">{prose(text)}{cursor}</div></section>'
         )
     said = f'<p class="nv-verdict" role="status">{escape(verdict)}</p>' if verdict else ""
     return f'<div class="nv-talk"><div class="nv-pair">{"".join(cards)}</div>{said}</div>'
