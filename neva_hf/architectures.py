@@ -60,7 +60,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"No list of {count} decoder blocks was found in {type(model).__name__}. Name the FFN down projections "
             "yourself with target_modules=[...]."
         )
-    # The outermost of the lists; with several, the one that holds most of the model.
+    # The outermost of the lists; with several, the one that holds most of the model (which takes a while to find out).
+    if len(lists) == 1:
+        return lists[0]
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
 
 
@@ -116,8 +118,8 @@ def refuse_experts(module: nn.Module, name: str) -> None:
     # (Convolutions have weights of three dimensions too.)
     fused = [
         key
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
     ]
     listed = name.rsplit(".", 1)[-1] == "experts"
     if fused or listed:

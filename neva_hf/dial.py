@@ -6,7 +6,7 @@ the calling thread: two threads that share one model never see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,10 @@ def active_configs(model: nn.Module) -> dict[str, NeVAConfig]:
     Raises:
         `NeVAError`: If the model has no NeVA layer, or no active adapter.
     """
-    layers = neva_layers(model)
+    return _configs(neva_layers(model))
+
+
+def _configs(layers: Sequence[NeVALayer]) -> dict[str, NeVAConfig]:
     if not layers:
         raise NeVAError(
             "This model has no NeVA layers: load a neuron map first, for example with "
@@ -85,13 +88,14 @@ def tables_for(model: nn.Module, strengths: RowStrengths | None, rows: int | Non
     Raises:
         `NeVAError`: See [`parse_strengths`].
     """
-    configs = active_configs(model)
-    if any(layer.merged for layer in neva_layers(model)):
+    layers = neva_layers(model)  # (once, since it walks through all modules)
+    configs = _configs(layers)
+    if any(layer.merged for layer in layers):
         raise NeVAError(
             "The edits are merged into the base model's weights, where strengths cannot change them: call "
             "model.unmerge_adapter() first."
         )
-    names = value_names(model)
+    names = list(dict.fromkeys(name for config in configs.values() for name in config.values))
     ranges = {name: pair for config in configs.values() for name, pair in config.ranges.items()}
     together = parse_strengths(strengths, names, rows=rows, ranges=ranges)
     columns = {name: position for position, name in enumerate(names)}

@@ -4,7 +4,8 @@ Invariants:
 - Only outputs are shifted. An edit `delta` of the inputs `index` of a down projection is the shift `delta @ columns`,
   where `columns[i]` is what a unit of neuron `index[i]` writes. Rows without an edit keep every bit.
 - **Folded** edits (shifts alone) do not depend on the activations: one bias `[hidden]` for all rows, or one per row.
-- **General** edits (gains, gates) gather the k edited inputs; there is never a dense copy of the activations.
+- **General** edits (gains, gates) gather the k edited inputs; there is never a dense copy of the activations. All that
+  depends on strengths alone is computed when these are set.
 - Nothing here looks at numbers on an accelerator, and the work in Python does not grow with tokens.
 
 Formula (DESIGN section 2): neuron x becomes `x + s * (shift + gain * x)` at coefficient s.
@@ -13,39 +14,49 @@ Formula (DESIGN section 2): neuron x becomes `x + s * (shift + gain * x)` at coe
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from .errors import NeVAError
 
+# In place of slopes of gates that are smaller or negative: what is divided by it is beyond any coefficient.
+_LEAST = 1e-20
+
 
 @dataclass(frozen=True)
 class GeneralEdit:
-    """An edit that depends on the activations: with gains, with gates, or with both. `V` values, `k` neurons.
+    """An edit that depends on the activations, made ready by [`general_edit`]. `V` values, `k` neurons.
 
     Args:
         index (`torch.Tensor`): Edited input features, int64 `[k]`.
-        columns (`torch.Tensor`): What a unit of each edited neuron writes, `[k, hidden]`, in the layer's dtype.
-        coefficients (`torch.Tensor`): Float32 `[rows, V]`, rows 1 when all rows share them.
-        shift (`torch.Tensor`): Float32 `[V, k]`.
-        gain (`torch.Tensor`, *optional*): Float32 `[V, k]`.
-        gate_weight (`torch.Tensor`, *optional*): Probe weights, float32 `[V, k]`.
-        gate_bias (`torch.Tensor`, *optional*): Probe biases, float32 `[V]`.
-        gate_logit (`float`): The logit that the probes are brought to.
-        untouched (`torch.Tensor`, *optional*): Bool `[rows, 1]`, the rows without an edit. `None` where all rows share
-            an edit.
+        columns (`torch.Tensor`): What is written, in the layer's dtype: by a unit of each edited neuron, `[k, hidden]`, or,
+            for gates without gains, by a unit of each value, `[V, hidden]`.
+        scale (`torch.Tensor`, *optional*): Without gates: the gains of each row, `[rows, 1, k]` in the layer's dtype.
+            `None` where all rows share them: they are in the columns then.
+        probe (`torch.Tensor`, *optional*): With gates: float32 `[k, V]`, or `[k, 2 V]` with gains too.
+        target (`torch.Tensor`, *optional*): What is added to the probes, float32 `[rows, 1, V or 2 V]`.
+        lowest (`torch.Tensor`, *optional*): The least that a gate lets through, float32 `[rows, 1, V]`.
+        highest (`torch.Tensor`, *optional*): The most.
+        spread (`torch.Tensor`, *optional*): With gates and gains: shifts beside gains, float32 `[V, 2 k]`.
+        untouched (`torch.Tensor`, *optional*): Bool `[rows, 1, 1]`, the rows without an edit. `None` where all rows
+            share one.
     """
 
     index: torch.Tensor
     columns: torch.Tensor
-    coefficients: torch.Tensor
-    shift: torch.Tensor
-    gain: torch.Tensor | None
-    gate_weight: torch.Tensor | None
-    gate_bias: torch.Tensor | None
-    gate_logit: float
-    untouched: torch.Tensor | None
+    scale: torch.Tensor | None = None
+    probe: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    lowest: torch.Tensor | None = None
+    highest: torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    untouched: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows of strengths there are, 1 if all rows of a batch share them."""
+        return 1 if self.untouched is None else self.untouched.shape[0]
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,13 @@ class LayerEdit:
     @property
     def rows(self) -> int:
         """How many rows of strengths there are, 1 if all rows of a batch share them."""
-        found = [edit.coefficients for edit in self.general] + ([] if self.bias is None else [self.bias])
-        return max((tensor.shape[0] for tensor in found), default=1)
+        return max([1 if self.bias is None else self.bias.shape[0], *(edit.rows for edit in self.general)])
 
     def slots(self) -> list[torch.Tensor | None]:
         """All tensors in a fixed order, `None` for those that are not there."""
         found = [self.bias, self.fused]
         for edit in self.general:
-            found += [edit.index, edit.columns, edit.coefficients, edit.shift, edit.untouched]
-            found += [edit.gain, edit.gate_weight, edit.gate_bias]
+            found += [getattr(edit, item.name) for item in fields(edit)]
         return found
 
     def tensors(self) -> list[torch.Tensor]:
@@ -107,8 +116,7 @@ def same_layout(old: LayerEdit, new: LayerEdit) -> bool:
         [None if tensor is None else (tensor.shape, tensor.device, tensor.dtype) for tensor in edit.slots()]
         for edit in (old, new)
     ]
-    gates = [[general.gate_logit for general in edit.general] for edit in (old, new)]
-    return layouts[0] == layouts[1] and gates[0] == gates[1]
+    return layouts[0] == layouts[1]
 
 
 def add_folded(output: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -125,9 +133,74 @@ def add_folded(output: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     Raises:
         `NeVAError`: If the output's rows are no multiple of the edit's.
     """
-    if bias.shape[0] == 1:
+    rows = bias.shape[0]
+    if rows == 1:
         return output + bias[0]
-    return (_blocks(output, bias.shape[0]) + _beside_blocks(bias, output.dim())).reshape(output.shape)
+    return (_blocks(output, output.shape[0], rows) + bias[:, None]).reshape(output.shape)
+
+
+def general_edit(
+    *,
+    index: torch.Tensor,
+    columns: torch.Tensor,
+    coefficients: torch.Tensor,
+    shift: torch.Tensor,
+    gain: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    gate_logit: float,
+    untouched: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> GeneralEdit:
+    """Does ahead of time what does not depend on the activations.
+
+    Gates (ours; DESIGN section 6, "Gate"): with the probe's logit `z = w.x + b`, the full edit at coefficient c moves it by
+    `c * m` with `m = w.shift + (w*gain).x`. It is used as far as needed to bring z to the wanted logit g, for negative c to
+    -g: 0 where it is there already, and the whole edit where even that does not reach it. So what is used of c is
+    `(sign(c) * g - z) / m`, cut to the range from 0 to c; where m <= 0 the edit moves z the other way, and it is used
+    whole or not at all.
+
+    Args:
+        index (`torch.Tensor`): Edited input features, int64 `[k]`.
+        columns (`torch.Tensor`): What a unit of each of them writes, float32 `[k, hidden]`.
+        coefficients (`torch.Tensor`): Float32 `[rows, V]`, rows 1 when all rows share them.
+        shift (`torch.Tensor`): Float32 `[V, k]`. Without gates it is left out here: it is folded.
+        gain (`torch.Tensor`, *optional*): Float32 `[V, k]`.
+        gate_weight (`torch.Tensor`, *optional*): Probe weights, float32 `[V, k]`.
+        gate_bias (`torch.Tensor`, *optional*): Probe biases, float32 `[V]`.
+        gate_logit (`float`): The logit that the probes are brought to.
+        untouched (`torch.Tensor`, *optional*): Bool `[rows]`, the rows without an edit; `None` where all rows share one.
+        dtype (`torch.dtype`): What the layer computes in.
+
+    Returns:
+        [`GeneralEdit`]: The edit.
+    """
+    own = None if untouched is None else untouched[:, None, None]
+    if gate_weight is None or gate_bias is None:
+        assert gain is not None
+        scale = coefficients @ gain
+        if own is None:
+            return GeneralEdit(index, (scale[0][:, None] * columns).to(dtype))
+        return GeneralEdit(index, columns.to(dtype, copy=True), scale=scale[:, None].to(dtype), untouched=own)
+    target = torch.sign(coefficients) * gate_logit - gate_bias
+    slope = (gate_weight * shift).sum(-1)
+    if gain is None:
+        slope = slope.clamp(min=_LEAST)
+        written, spread, probe, target = shift @ columns, None, -gate_weight.T / slope, target / slope
+    else:
+        written, spread = columns, torch.cat([shift, gain], dim=1)
+        probe = torch.cat([-gate_weight, gate_weight * gain]).T
+        target = torch.cat([target, slope.expand_as(target)], dim=1)
+    return GeneralEdit(
+        index,
+        written.to(dtype, copy=True),
+        probe=probe.contiguous(),
+        target=target[:, None],
+        lowest=coefficients.clamp(max=0)[:, None],
+        highest=coefficients.clamp(min=0)[:, None],
+        spread=spread,
+        untouched=own,
+    )
 
 
 def add_general(output: torch.Tensor, x: torch.Tensor, edit: GeneralEdit) -> torch.Tensor:
@@ -144,44 +217,45 @@ def add_general(output: torch.Tensor, x: torch.Tensor, edit: GeneralEdit) -> tor
     Raises:
         `NeVAError`: If the batch is no multiple of the edit's rows.
     """
-    rows = edit.coefficients.shape[0]
-    selected = _blocks(x.index_select(-1, edit.index), rows).to(edit.shift.dtype)
-    amounts = _beside_blocks(edit.coefficients, x.dim())
-    if edit.gate_weight is not None:
-        amounts = amounts * _gate(edit, selected, amounts)
-    delta = amounts @ edit.shift
-    if edit.gain is not None:
-        delta = delta + (amounts @ edit.gain) * selected
-    written = delta.to(edit.columns.dtype) @ edit.columns
+    rows = edit.rows
+    used = _blocks(x.index_select(-1, edit.index), x.shape[0], rows)
+    if edit.probe is not None:
+        used = _gated_in_float32(used.to(edit.probe.dtype), edit)
+    elif edit.scale is not None:
+        used = used * edit.scale
+    flat = output.reshape(-1, output.shape[-1])
+    edited = torch.addmm(flat, used.flatten(0, 1).to(output.dtype), edit.columns.to(output.dtype))
     if edit.untouched is not None:
-        written = torch.where(_beside_blocks(edit.untouched, x.dim()), -0.0, written)
-    return (_blocks(output, rows) + written.to(output.dtype)).reshape(output.shape)
+        edited = torch.where(edit.untouched, _blocks(flat, x.shape[0], rows), _blocks(edited, x.shape[0], rows))
+    return edited.reshape(output.shape)
 
 
-def _gate(edit: GeneralEdit, selected: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
-    """How much of each value's edit a token needs, `[..., V]` from 0 to 1 (ours; DESIGN section 6, "Gate").
-
-    With the probe's logit `z = w.x + b`, the full edit at coefficient c moves it by `c * (w.shift + (w*gain).x)`. The
-    fraction that brings it to the wanted logit is used (for negative c, to minus that logit): 0 where it is there
-    already, and the whole edit where even that does not reach it.
-    """
-    assert edit.gate_weight is not None
-    assert edit.gate_bias is not None
-    logit = selected @ edit.gate_weight.T + edit.gate_bias
-    slope = (edit.gate_weight * edit.shift).sum(-1)
-    if edit.gain is not None:
-        slope = slope + selected @ (edit.gate_weight * edit.gain).T
-    sign = torch.sign(amounts)
-    missing = edit.gate_logit - sign * logit
-    step = sign * amounts * slope
-    fraction = torch.where(step > 0, missing / step.clamp(min=1e-30), 1.0)
-    return torch.where(missing > 0, fraction.clamp(0, 1), 0.0)
+def _gated_in_float32(selected: torch.Tensor, edit: GeneralEdit) -> torch.Tensor:
+    """[`_gated`], out of the reach of autocast: float16 cannot hold what is divided by small slopes."""
+    device = selected.device.type
+    if not torch.is_autocast_enabled(device):
+        return _gated(selected, edit)
+    with torch.autocast(device, enabled=False):
+        return _gated(selected, edit)
 
 
-def _blocks(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """`[rows * n, ...]` -> `[rows, n, ...]`."""
-    check_multiple(tensor.shape[0], rows)
-    return tensor.unflatten(0, (rows, tensor.shape[0] // rows))
+def _gated(selected: torch.Tensor, edit: GeneralEdit) -> torch.Tensor:
+    """What multiplies the columns: how much of each value a token needs, or of each neuron where there are gains."""
+    assert edit.probe is not None
+    assert edit.target is not None
+    needed = torch.baddbmm(edit.target, selected, edit.probe.expand(len(selected), -1, -1))
+    if edit.spread is None:
+        return needed.clamp(edit.lowest, edit.highest)
+    missing, slope = needed.chunk(2, dim=-1)
+    amounts = (missing / slope.clamp(min=_LEAST)).clamp(edit.lowest, edit.highest)
+    shift, gain = (amounts @ edit.spread).chunk(2, dim=-1)
+    return torch.addcmul(shift, gain, selected)
+
+
+def _blocks(tensor: torch.Tensor, batch: int, rows: int) -> torch.Tensor:
+    """`[batch, ..., features]` or `[batch * ..., features]` -> `[rows, ..., features]`, 3-dimensional."""
+    check_multiple(batch, rows)
+    return tensor.reshape(rows, -1, tensor.shape[-1])
 
 
 def check_multiple(batch: int, rows: int) -> None:
@@ -191,8 +265,3 @@ def check_multiple(batch: int, rows: int) -> None:
             f"Strengths were given for {rows} rows, but the model was run on a batch of {batch}, which is no multiple "
             "of that. Pass one dict of strengths per row of the inputs, or one dict for all."
         )
-
-
-def _beside_blocks(per_row: torch.Tensor, dims: int) -> torch.Tensor:
-    """`[rows, features]` -> `[rows, 1, ..., 1, features]`, to meet a tensor of `dims` dimensions cut into blocks."""
-    return per_row.reshape(per_row.shape[0], *([1] * (dims - 1)), per_row.shape[1])

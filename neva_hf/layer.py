@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import NeVAConfig
-from .edit import Call, GeneralEdit, LayerEdit, add_folded, add_general, same_layout
+from .edit import Call, GeneralEdit, LayerEdit, add_folded, add_general, general_edit, same_layout
 from .errors import NeVAError
 from .module_edits import TENSORS, check_numbers
 from .projection import can_fuse, columns, device_and_dtype, is_plain, layer_sizes, stored_weight, version
@@ -106,8 +106,9 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         if edit is None:
             return self.base_layer(x, *args, **kwargs)
         if edit.fused is not None:
-            return nn.functional.linear(x, self.base_layer.weight, edit.fused)
-        output = self.base_layer(x, *args, **kwargs)
+            output = nn.functional.linear(x, self.base_layer.weight, edit.fused)
+        else:
+            output = self.base_layer(x, *args, **kwargs)
         if edit.bias is not None:
             output = add_folded(output, edit.bias.to(output.dtype))
         for general in edit.general:
@@ -165,8 +166,12 @@ class NeVALayer(nn.Module, BaseTunerLayer):
                     continue
                 config = self.neva_configs[name]
                 coefficients = scale_by_units(table, config.values, config.units)
-                if name in self.neva_gain or (use_gate and name in self.neva_gate_weight):
-                    general.append(self._general_edit(name, coefficients, use_gate))
+                gated = use_gate and name in self.neva_gate_weight
+                if name in self.neva_gain or gated:
+                    if len(table) == 1 and not bool(coefficients.any()):
+                        continue
+                    general.append(self._general_edit(name, coefficients, gated))
+                if gated:
                     continue
                 fold = self.fold(name)
                 folded = coefficients.to(fold.device) @ fold
@@ -177,31 +182,30 @@ class NeVALayer(nn.Module, BaseTunerLayer):
             if bias is None:
                 return LayerEdit(general=tuple(general))
             dtype = device_and_dtype(self.base_layer)[1]
-            if bias.shape[0] == 1 and not general and can_fuse(self.base_layer):
+            if bias.shape[0] == 1 and can_fuse(self.base_layer):
                 base_bias = self.base_layer.bias
                 total = bias[0] if base_bias is None else bias[0] + base_bias.float()
-                return LayerEdit(fused=total.to(dtype))
+                return LayerEdit(fused=total.to(dtype), general=tuple(general))
             return LayerEdit(bias=bias.to(dtype), general=tuple(general))
 
-    def _general_edit(self, name: str, coefficients: torch.Tensor, use_gate: bool) -> GeneralEdit:
-        written = self._keep(name, "columns", lambda: self._columns(name).to(device_and_dtype(self.base_layer)[1]))
-        untouched = (coefficients == 0).all(dim=1, keepdim=True)
-        shared = len(coefficients) == 1 and not bool(untouched)
+    def _general_edit(self, name: str, coefficients: torch.Tensor, gated: bool) -> GeneralEdit:
+        columns = self._keep(name, "columns", lambda: self._columns(name))
+        device = columns.device
 
         def own(kind: str) -> torch.Tensor:
-            return self.tensor(kind, name).to(written.device, torch.float32, copy=True)
+            return self.tensor(kind, name).to(device, torch.float32, copy=True)
 
-        has_gain, gated = name in self.neva_gain, use_gate and name in self.neva_gate_weight
-        return GeneralEdit(
-            index=self.tensor("index", name).to(written.device, torch.int64),
-            columns=written.clone(),  # `refresh` writes into it
-            coefficients=coefficients.to(written.device),
+        return general_edit(
+            index=self.tensor("index", name).to(device, torch.int64),
+            columns=columns,
+            coefficients=coefficients.to(device),
             shift=own("shift"),
-            gain=own("gain") if has_gain else None,
+            gain=own("gain") if name in self.neva_gain else None,
             gate_weight=own("gate_weight") if gated else None,
             gate_bias=own("gate_bias") if gated else None,
             gate_logit=float(torch.logit(torch.tensor(self.neva_configs[name].gate_probability))),
-            untouched=None if shared else untouched.to(written.device),
+            untouched=None if len(coefficients) == 1 else (coefficients == 0).all(dim=1).to(device),
+            dtype=device_and_dtype(self.base_layer)[1],
         )
 
     def fold(self, adapter_name: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from neva_hf import NeuronMap, NeVAError, NeVAModel, Scenario
 from neva_hf.architectures import find_down_projections
-from neva_hf.edit import GeneralEdit, add_general
+from neva_hf.edit import add_general, general_edit
 from neva_hf.identify import gate
 from neva_hf.identify.collect import encode_replies
 from neva_hf.identify.gate import GateSums, train_gates
@@ -200,7 +200,7 @@ def test_a_positive_strength_acts_where_the_value_is_not_yet_and_a_negative_one_
     x = torch.stack([others[0], own[0]])[None].float()
     moved = {}
     for strength in (1.0, -1.0):
-        edit = GeneralEdit(
+        edit = general_edit(
             index=torch.arange(3),
             columns=torch.eye(3),
             coefficients=torch.tensor([[strength]]),
@@ -210,6 +210,7 @@ def test_a_positive_strength_acts_where_the_value_is_not_yet_and_a_negative_one_
             gate_bias=bias[None].float(),
             gate_logit=2.2,
             untouched=None,
+            dtype=torch.float32,
         )
         moved[strength] = add_general(torch.zeros_like(x), x, edit)[0]
     there = torch.zeros(3)

@@ -26,7 +26,7 @@ ROWS = [
     [{"benevolence": 1.0}, {"power": -0.5}, {"benevolence": 0.3}],
 ]
 # How many operations (views apart) a general edit may add to each layer. Lower them when they get fewer.
-MOST = {"gain": (7, 9), "gate": (23, 25), "gain and gate": (29, 31)}
+MOST = {"gain": (2, 5), "gate": (4, 5), "gain and gate": (8, 9)}
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
