@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import logging
 import pickle
 import re
@@ -308,11 +310,39 @@ def test_the_page_is_an_mcp_server_with_described_tools(address: str) -> None:
     assert "benevolence" in one["inputSchema"]["properties"]["dials"]["description"]
 
 
+def test_an_assistant_gets_answers_through_mcp(address: str, engine: Engine) -> None:
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def called() -> str:
+        async with (
+            streamablehttp_client(f"{address}/gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = [tool.name for tool in (await session.list_tools()).tools]
+            name = next(name for name in tools if name.endswith("answer"))
+            found = await session.call_tool(name, {"question": "Hm?", "dials": {"power": 2.0}, "max_new_tokens": 6})
+            assert not found.isError
+            return "".join(part.text for part in found.content if part.type == "text")
+
+    *_, alone = engine.stream([], "Hm?", {"power": 2.0}, max_new_tokens=6)
+    assert ast.literal_eval(asyncio.run(called())) == [alone.base, alone.edited]
+
+
 def test_a_page_that_would_be_no_mcp_server_does_not_start(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = page.build(engine)
     monkeypatch.setattr(demo, "launch", lambda **options: (None, "", ""))
     with pytest.raises(NeVAError, match=r"gradio\[mcp\]"):
         page.launch(demo, prevent_thread_lock=True)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_gate_can_be_switched_where_the_map_has_one(gate: bool) -> None:
+    demo = page.build(page_engine(gate=gate))
+    (switch,) = [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == "gate"]
+    assert switch.interactive is gate
+    assert switch.value is False
 
 
 def test_the_line_is_limited(engine: Engine) -> None:

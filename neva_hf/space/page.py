@@ -129,13 +129,13 @@ def build(engine: Engine, *, gpu: Decorator = no_gpu, maps: Sequence[str] = ()) 
 
         def arrived(where: str, request: gr.Request) -> tuple[Any, ...]:
             link, mine = read_link(engine, {key: str(text) for key, text in dict(request.query_params).items()})
-            fields = (link.seed, link.temperature, link.gate and mine.has_gate)
-            told = link.question or gr.skip()
-            return *_of_map(mine, link.map, link.dials, " ".join(link.notes)), where, told, *fields
+            page = _of_map(mine, link.map, link.dials, " ".join(link.notes), link.gate)
+            # (what the link does not speak of is left alone: the visitor may be quicker than this)
+            return *page, where, *(given or gr.skip() for given in (link.question, link.seed, link.temperature))
 
         load.click(another, name, shown, **{**QUICK, "show_progress": "minimal", "queue": True})
         demo.load(
-            arrived, here, [*shown, here, question, seed, temperature, gate], js=_HERE, **{**QUICK, "queue": True}
+            arrived, here, [*shown, here, question, seed, temperature], js=_HERE, **{**QUICK, "queue": True}
         ).then(None, js=_READY, **PRIVATE)
         api.endpoints(engine, jobs, {"concurrency_id": MODEL, "concurrency_limit": at_once})
         gr.HTML(_footer(engine), apply_default_css=False)
@@ -186,7 +186,13 @@ def looks() -> dict[str, Any]:
         button_primary_background_fill_hover_dark="*primary_600",
         color_accent="*primary_700",
     )
-    return {"theme": theme, "css_paths": [STATIC / "page.css"], "footer_links": ["api", "gradio", "settings"]}
+    frame = (STATIC / "frame.css").read_text(encoding="utf-8")
+    return {
+        "theme": theme,
+        "css_paths": [STATIC / "page.css"],
+        "head": f"<style>{frame}</style>",
+        "footer_links": ["api", "gradio", "settings"],
+    }
 
 
 def first_dials(engine: Engine) -> Dials:
@@ -223,7 +229,7 @@ def read_link(engine: Engine, query: dict[str, str]) -> tuple[Link, Engine]:
     )
 
 
-def _of_map(mine: Engine, map_id: str, dials: Dials, note: str) -> tuple[Any, ...]:
+def _of_map(mine: Engine, map_id: str, dials: Dials, note: str, gate: bool = False) -> tuple[Any, ...]:
     """Everything on the page that hangs on the map."""
     expected = insight.expected_of(mine, dials)
     value, grid, facts, shares = redrawn(mine, _most(mine, dials))
@@ -231,7 +237,7 @@ def _of_map(mine: Engine, map_id: str, dials: Dials, note: str) -> tuple[Any, ..
         gr.update(value=dict(dials), spec=spec(mine), effects=effects(expected)),
         map_id,
         gauge(mine, dials, expected),
-        gr.update(**_gate(mine)) if mine.has_gate else gr.update(value=False, **_gate(mine)),
+        gr.update(value=gate and mine.has_gate, **_gate(mine)),
         _about(mine),
         conversation(mine, []),
         [],

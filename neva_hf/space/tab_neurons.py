@@ -50,10 +50,11 @@ def wire_neurons(shared: Shared, parts: dict[str, Any]) -> None:
         parts (`dict`): From [`neurons_tab`].
     """
 
-    def drawn(map_id: str, value: str) -> tuple[str, str, str]:
+    def drawn(map_id: str, value: str) -> tuple[str, str, Any]:
         try:
             mine = shared.engine.for_map(map_id)
-            return neuron_grid(mine, value, insight.layers(mine, value)), neuron_facts(mine, None), ""
+            # (a link that chose the value may have something to say there)
+            return neuron_grid(mine, value, insight.layers(mine, value)), neuron_facts(mine, None), gr.skip()
         except Exception as error:
             return "", "", sentence(explain(error))
 

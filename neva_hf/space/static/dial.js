@@ -3,6 +3,7 @@
 // as text, never as markup.
 const SVG = "http://www.w3.org/2000/svg";
 const OUTER = 150, ZERO = 82, INNER = 16;  // radii: furthest out, strength 0, furthest in
+const WIDE = 272, HIGH = 194;              // half of the picture, with the labels
 const NATS = 0.25;                         // an expected shift of so much is drawn as far out as a dial at 1
 const PHONE = 640;                         // in a narrower window the sliders are folded away at first
 
@@ -62,7 +63,7 @@ function build() {
 
 function circle() {
     const half = 180 / spec.values.length;
-    const svg = make("svg", { viewBox: "-262 -194 524 388", class: "nv-circle", role: "img" });
+    const svg = make("svg", { viewBox: `${-WIDE} ${-HIGH} ${2 * WIDE} ${2 * HIGH}`, class: "nv-circle", role: "img" });
     const hatch = make("pattern", { id: "nv-hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
         make("line", { x1: 0, y1: 0, x2: 0, y2: 6, class: "nv-hatch" }));
     svg.append(make("defs", {}, hatch));
@@ -98,7 +99,7 @@ function circle() {
     }
     svg.append(make("circle", { r: ZERO, class: "nv-zero" }));
     for (const at of [1, 2, 3].filter((ring) => ring < spec.reach)) {
-        const [x, y] = point(radius(at), half);
+        const [x, y] = point(radius(at), 180 + half);
         svg.append(make("text", { x, y: Number(y) + 3, class: "nv-tick" }, "+" + at));
     }
     front.prepend(parts.shape);
@@ -111,8 +112,8 @@ function circle() {
 // on the circle still scrolls the page.
 function aim(node, value, isHandle) {
     const set = (event) => {
-        const box = parts.svg.getBoundingClientRect(), scale = 524 / box.width;
-        const x = (event.clientX - box.left) * scale - 262, y = (event.clientY - box.top) * scale - 194;
+        const box = parts.svg.getBoundingClientRect(), scale = 2 * WIDE / box.width;
+        const x = (event.clientX - box.left) * scale - WIDE, y = (event.clientY - box.top) * scale - HIGH;
         const along = (value.angle - 90) * Math.PI / 180;
         const out = Math.max(0, x * Math.cos(along) + y * Math.sin(along));
         turn(value.name, Math.abs(strengthAt(out)) < 0.15 ? 0 : strengthAt(out), false);
