@@ -138,7 +138,7 @@ def test_the_lint_has_nothing_to_say_of_the_shipped_scenarios(name: str) -> None
 
 SCENARIO_COLUMNS = ["id", "domain", "form", "question", "replies"]
 CONFIGS: dict[str, tuple[dict[str, int], list[str]]] = {
-    "schwartz": ({"train": 378, "dev": 36, "test": 36}, SCENARIO_COLUMNS),
+    "schwartz": ({"train": 198, "dev": 36, "test": 36}, SCENARIO_COLUMNS),
     "big_five": ({"train": 10}, SCENARIO_COLUMNS),
     "neutral": ({"calibration": 144, "heldout": 32}, ["id", "kind", "text"]),
 }
