@@ -77,6 +77,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="The folder with the benchmarks' questions.")] = None,
     questions: Annotated[int, typer.Option(min=2, help="Questions of each benchmark.")] = 100,
     wikitext: Annotated[Path | None, typer.Option(help="A text file to measure perplexity on as well.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="So many windows of 512 tokens of it.")] = 20,
     answers: Annotated[
         int | None,
         typer.Option(
@@ -161,6 +162,7 @@ def evaluate(
                 data=None if data is None else str(data),
                 questions=questions,
                 wikitext=None if wikitext is None else str(wikitext),
+                windows=windows,
                 answers=answers if answers is not None else 8 if judges else 0,
                 max_new_tokens=max_new_tokens,
                 judges=judges,
