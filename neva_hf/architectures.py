@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,20 +50,25 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         `NeVAError`: If there is no list of as many blocks as the config tells.
     """
     count = getattr(text_config(model), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and (count is None or len(module) == count)
-    ]
+    lists = list(_outermost_lists(model, count))
     if not lists:
         raise NeVAError(
             f"No list of {count} decoder blocks was found in {type(model).__name__}. Name the FFN down projections "
             "yourself with target_modules=[...]."
         )
-    # The outermost of the lists; with several, the one that holds most of the model (which takes a while to find out).
+    # With several, the one that holds most of the model (which takes a while to find out).
     if len(lists) == 1:
         return lists[0]
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
+
+
+def _outermost_lists(module: nn.Module, count: int | None, name: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of so many modules (of any number when `None`), without those inside them: blocks need no walk."""
+    if isinstance(module, nn.ModuleList) and count in (None, len(module)):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost_lists(child, count, f"{name}.{child_name}" if name else child_name)
 
 
 def find_down_projections(model: nn.Module) -> dict[str, nn.Module]:
@@ -142,6 +147,11 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
             them, `num_attention_heads`, `num_key_value_heads`, `hidden_act`, `name`, `revision` (a commit of the Hub) and
             `fingerprint` (see [`~neva_hf.fingerprint.fingerprint`]).
     """
+    return describe_architecture(model) | _describe_weights(model)
+
+
+def _describe_weights(model: nn.Module) -> dict[str, Any]:
+    """The part of [`describe_base`] that tells the fine-tunes of a model apart."""
     embeddings_of: Any = getattr(model, "get_input_embeddings", None)
     embeddings = embeddings_of() if embeddings_of is not None else None
     told = {
@@ -149,14 +159,14 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
         "fingerprint": fingerprint(embeddings, decoder_blocks(model)[1]),
     }
-    return describe_architecture(model) | {key: item for key, item in told.items() if item is not None}
+    return {key: item for key, item in told.items() if item is not None}
 
 
 def describe_architecture(model: nn.Module) -> dict[str, Any]:
     """The part of [`describe_base`] that all fine-tunes of a model share."""
     config = text_config(model)
-    first = next(iter(find_down_projections(model).values()))
-    d_ff, hidden = layer_sizes(first)
+    projections = find_down_projections(model)
+    d_ff, hidden = layer_sizes(next(iter(projections.values())))
     optional = {
         key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads", "hidden_act")
     }
@@ -164,7 +174,7 @@ def describe_architecture(model: nn.Module) -> dict[str, Any]:
         "model_type": getattr(config, "model_type", type(model).__name__),
         "hidden_size": hidden,
         "intermediate_size": d_ff,
-        "num_hidden_layers": len(decoder_blocks(model)[1]),
+        "num_hidden_layers": len(projections),
     } | {key: item for key, item in optional.items() if isinstance(item, (int, str))}
 
 
@@ -229,6 +239,6 @@ def warn_of_weights(model: nn.Module, base: dict[str, Any] | None) -> None:
     """
     if base is None or base.get("fingerprint") is None:
         return
-    message = weights_message(base, describe_base(model))
+    message = weights_message(base, _describe_weights(model))
     if message is not None:
         warnings.warn(message, UserWarning, stacklevel=2)

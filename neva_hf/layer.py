@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import NeVAConfig
 from .edit import Call, GeneralEdit, LayerEdit, add_folded, add_general, general_edit, same_layout
 from .errors import NeVAError
-from .module_edits import TENSORS, check_numbers
+from .module_edits import TENSORS, ModuleEdits, check_module, check_numbers
 from .projection import can_fuse, columns, device_and_dtype, is_plain, layer_sizes, stored_weight, version
 from .strengths import scale_by_units
 
@@ -101,6 +101,25 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def fill(self, adapter_name: str, edits: ModuleEdits) -> None:
+        """Copies the numbers of an adapter into its tensors.
+
+        Args:
+            adapter_name (`str`): Which adapter; it was made for a config of the map that the edits are of.
+            edits ([`ModuleEdits`]): This layer's.
+
+        Raises:
+            `NeVAError`: If they are not sound, or do not fit the config.
+        """
+        config = self.neva_configs[adapter_name]
+        check_module(self.module_name, edits, config)
+        if edits.index.numel() != config.neurons_in(self.module_name):
+            raise NeVAError(f"The edits of {self.module_name!r} are not of as many neurons as the map's config says.")
+        with torch.no_grad():
+            for kind, tensor in edits.tensors().items():
+                getattr(self, f"neva_{kind}")[adapter_name].copy_(tensor)
+        self.refresh()
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         edit = self._edit_in_force()
         if edit is None:
@@ -135,8 +154,9 @@ class NeVALayer(nn.Module, BaseTunerLayer):
         if self._on_meta():
             self._stale = True
             return
-        active = [name for name in self.active_adapters if name in self.neva_shift]
-        tables = {name: torch.tensor([self.neva_strengths[name]], dtype=torch.float32) for name in active}
+        dialled = [name for name in self.active_adapters if any(self.neva_strengths.get(name, ()))]
+        tables = {name: torch.tensor([self.neva_strengths[name]], dtype=torch.float32) for name in dialled}
+        # (a strength may be too small for float32)
         edit = self.make_edit(tables) if any(bool(table.any()) for table in tables.values()) else None
         if self._edit is not None and edit is not None and same_layout(self._edit, edit):
             # The same tensors with other numbers: compiled graphs and CUDA graphs go on without noticing.

@@ -7,7 +7,7 @@ import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModelForCausalLM, set_peft_model_state_dict
+from peft import PeftModelForCausalLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -127,14 +127,14 @@ class NeVAModel(PeftModelForCausalLM):
                 "This model has a neuron map on it already: add another with model.load_adapter(folder, 'other name'), or "
                 "take it off with model.unload()."
             )
-        copied = copy.deepcopy(neuron_map)
         # Before anything is put into the base model.
-        check_base(base, copied.config.base, list(copied.modules))
-        _check_indices(base, copied)
-        model = cls(base, copied.config, adapter_name)
-        set_peft_model_state_dict(model, copied.state_dict(), adapter_name=adapter_name)
+        check_base(base, neuron_map.config.base, list(neuron_map.modules))
+        _check_indices(base, neuron_map)
+        # (the layers' tensors are float32 already, which PEFT need not see to)
+        model = cls(base, copy.deepcopy(neuron_map.config), adapter_name, autocast_adapter_dtype=False)
+        # Rather than through PEFT, which walks through the whole model several times to find a handful of tensors.
         for layer in neva_layers(model):
-            layer.refresh()
+            layer.fill(adapter_name, neuron_map.modules[layer.module_name])
         return model.eval()
 
     @property
