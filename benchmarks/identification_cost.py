@@ -3,8 +3,9 @@
     python benchmarks/identification_cost.py [--base MODEL] [--scenarios 6] [--repeats 3]
 
 Every scenario is timed in turn with the pass of `neva_hf.identify.collect` and with the same model calls alone: the prompt,
-the replies on its cache, and one backward pass down to the first layer, with nothing collected. Every window of neutral
-text likewise, for the samples of `fisher_samples`. Ratios are of the sums of medians over the repeats, from one process.
+the replies on its cache (in the same groups), and backward passes down to the first layer, with nothing collected. Every
+window of neutral text likewise, for the samples of `fisher_samples`. Ratios are of the sums of medians over the repeats,
+from one process.
 Written to `benchmarks/results/identification_cost.json` and `.md`.
 """
 
@@ -15,7 +16,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ import torch
 
 from neva_hf import load_base, load_scenarios
 from neva_hf.identify import collect, fisher_samples
-from neva_hf.measure import encode, reply_log_probs
+from neva_hf.identify.lengths import length_groups, only, worth_of_a_pass
+from neva_hf.measure import encode, grouped_log_probs
 from neva_hf.scenarios import load_neutral_texts, scenario_values
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,9 +52,11 @@ def differentiable(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def bare_scenario(model: Any, tokenizer: Any, scenario: Any) -> None:
+    encoded = encode(tokenizer, scenario)
+    groups = length_groups(encoded, worth_of_a_pass(next(model.parameters()).device))
     with differentiable(model) as leaves, torch.enable_grad():
-        total = reply_log_probs(model, encode(tokenizer, scenario)).sum()
-        torch.autograd.grad(total, leaves[-1])
+        for log_probs in grouped_log_probs(model, [only(encoded, group) for group in groups]):
+            torch.autograd.grad(log_probs.sum(), leaves[-1])
 
 
 def bare_window(model: Any, ids: torch.Tensor) -> None:
@@ -61,6 +65,28 @@ def bare_window(model: Any, ids: torch.Tensor) -> None:
         for draw in range(DRAWS):
             told = log_probs.gather(-1, ids[..., None]).sum()
             torch.autograd.grad(told, leaves[-1], retain_graph=draw + 1 < DRAWS)
+
+
+def padding(tokenizer: Any, scenarios: Sequence[Any], device: torch.device) -> dict[str, float]:
+    """How much of what runs is padding, the mean lengths, and how many passes it takes."""
+    prompt, own, together, run, passes = 0, 0, 0, 0, 0
+    for one in scenarios:
+        encoded = encode(tokenizer, one)
+        parts = [only(encoded, group) for group in length_groups(encoded, worth_of_a_pass(device))]
+        # (the last token of a reply runs through nothing)
+        prompt += encoded.prompt.numel()
+        own += int(encoded.mask[:, 1:].sum())
+        together += encoded.mask[:, 1:].numel()
+        run += sum(part.mask[:, 1:].numel() for part in parts)
+        passes += len(parts)
+    return {
+        "prompt_tokens": round(prompt / len(scenarios), 1),
+        "reply_tokens": round(run / len(scenarios), 1),
+        "passes": round(passes / len(scenarios), 2),
+        "of_reply_tokens": round(1 - own / run, 4),
+        "of_all_tokens": round((run - own) / (run + prompt), 4),
+        "without_cuts": round(1 - own / together, 4),
+    }
 
 
 def seconds(run: Callable[[], Any]) -> float:

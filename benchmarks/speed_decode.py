@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 from counting import compiling, kernels, more, operations
-from kept import Kept, Piece, work_off
 from speed_models import DTYPES, Decoder, edited_twin, inner, mixtures, model_named, random_map
 from timing import RESULTS, compared, in_turn, machine, machine_line, shown, write
 from transformers.cache_utils import DynamicCache
+
+from neva_hf.evaluation.kept import Kept, Piece, work_off
 
 NOTHING = "base"
 MAPS: dict[str, dict[str, bool]] = {
@@ -205,7 +206,9 @@ def main() -> None:
     name = "_".join(["speed_decode", options.model or "smollm2", bench.device.type, *["quick"] * options.quick])
     where = machine(bench.device)
     plain = {key: value for key, value in vars(options).items() if key not in ("modes", "batches", "output")}
-    kept = Kept(options.output, name, {**plain, "machine": {key: one for key, one in where.items() if key != "load"}})
+    kept = Kept(
+        options.output, f".{name}", {**plain, "machine": {key: one for key, one in where.items() if key != "load"}}
+    )
     jobs: list[tuple[str, int, str]] = []
     for mode in options.modes:
         for batch in options.batches:
@@ -218,7 +221,7 @@ def main() -> None:
         )
         for mode, batch, phase in jobs
     ]
-    work_off(kept, [*pieces, Piece("graphs", 8.0, bench.graphs)])
+    work_off(kept, [*pieces, Piece("graphs", 8.0, bench.graphs)], partial(print, flush=True))
     found = {piece.name: kept[piece.name] for piece in pieces}
     lines = [f"# Decoding with edits: {options.model or 'SmolLM2-135M-Instruct'}, {options.dtype}", ""]
     lines += [machine_line(where), "", "Medians, quartiles in brackets. Ratios are of the same round.", ""]

@@ -6,15 +6,16 @@
 **Time.** Every scenario is run by `collect` and by the same model calls alone (the prompt, the replies on its cache, one
 backward pass down to the first layer, nothing kept), in turn; every window of neutral text likewise by `fisher_samples`.
 
-**Memory.** The peak of a process of its own for the bare passes, and for identification as scenarios grow 1x, 4x, 16x:
-resident memory on a CPU, allocated memory on a GPU. What identification has to keep is known beforehand and shown beside:
-`8 * (3 V + 3) * L * N` bytes of statistics and `4 * S * L * N` of Fisher samples, both in the memory of the CPU. (V values,
-L layers of N neurons, S samples.)
+**Memory.** The peak of a process of its own for the bare passes, and for identification as scenarios (and the batches of
+windows) grow 1x, 4x, 16x: resident memory on a CPU, allocated memory on a GPU. What identification has to keep is known
+beforehand and shown beside: `8 * (3 V + 3) * L * N` bytes of statistics and `4 * S * L * N` of Fisher samples, both in the
+memory of the CPU. (V values, L layers of N neurons, S samples.)
 
 **Processes.** The same scenarios by one process and by two, each with half of the threads.
 
-**Padding.** The replies of a scenario run together, padded to the longest. Of the tokens run, how many are padding, and how
-many would be with the replies sorted by length and cut in two.
+**Padding.** The replies of a scenario run together, padded to the longest, or in two groups where that saves more than
+another pass costs (`neva_hf/identify/lengths.py`). Of the tokens run, how many are padding, and how many would be without
+such cuts.
 
 **On paper.** What Llama-3-70B takes on 8 GPUs. With P parameters, a forward pass takes `2 P` operations per token, and so
 does a backward pass that asks for no gradients of weights. A scenario is `T_p` tokens of prompt (forward) and `T_r` tokens
@@ -41,13 +42,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from identification_cost import DRAWS, ROWS, WINDOW, bare_scenario, bare_window
+from identification_cost import DRAWS, ROWS, WINDOW, bare_scenario, bare_window, padding
 from speed_models import DTYPES, model_named
 from timing import RESULTS, compared, in_turn, machine, machine_line, shown, write
 
@@ -55,7 +55,6 @@ from neva_hf import Scenario, load_base, load_scenarios
 from neva_hf.architectures import find_down_projections
 from neva_hf.identify import collect, fisher_samples
 from neva_hf.identify.parallel import processes
-from neva_hf.measure import encode
 from neva_hf.projection import layer_sizes
 from neva_hf.scenarios import load_neutral_texts, scenario_values
 
@@ -80,12 +79,18 @@ def scenarios_of(count: int) -> list[Scenario]:
     return [shipped[number % len(shipped)] for number in range(count)]
 
 
+def windows(model: Any, tokenizer: Any) -> torch.Tensor:
+    """What one pass of the samples runs."""
+    texts = load_neutral_texts(limit=ROWS)
+    return torch.tensor([tokenizer(text)["input_ids"][:WINDOW] for text in texts]).to(next(model.parameters()).device)
+
+
 def time_beside_bare(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
     scenarios = scenarios_of(options.scenarios)
     values = scenario_values(scenarios)
     texts = load_neutral_texts(limit=ROWS)
     device = next(model.parameters()).device
-    ids = torch.tensor([tokenizer(text)["input_ids"][:WINDOW] for text in texts], device=device)
+    ids = windows(model, tokenizer)
 
     def all_bare() -> None:
         for one in scenarios:
@@ -101,39 +106,25 @@ def time_beside_bare(model: Any, tokenizer: Any, options: argparse.Namespace) ->
     return {name: compared(in_turn(runs, options.rounds, device=device), "bare") for name, runs in passes.items()}
 
 
-def padding(tokenizer: Any, scenarios: Sequence[Scenario]) -> dict[str, float]:
-    """How much of what runs is padding, and the mean lengths."""
-    prompt, run, own, halves = 0, 0, 0, 0
-    for one in scenarios:
-        encoded = encode(tokenizer, one)
-        lengths = sorted(int(row.sum()) - 1 for row in encoded.mask)
-        middle = len(lengths) // 2
-        prompt += encoded.prompt.numel()
-        own += sum(lengths)
-        run += len(lengths) * lengths[-1]
-        halves += sum(len(half) * half[-1] for half in (lengths[:middle], lengths[middle:]) if half)
-    return {
-        "prompt_tokens": round(prompt / len(scenarios), 1),
-        "reply_tokens": round(run / len(scenarios), 1),
-        "of_reply_tokens": round(1 - own / run, 4),
-        "of_all_tokens": round((run - own) / (run + prompt), 4),
-        "in_two_batches": round(1 - own / halves, 4),
-    }
-
-
 def child(options: argparse.Namespace) -> dict[str, float]:
-    """What one process of its own does: identification or the bare passes on some scenarios."""
+    """What one process of its own does: a pass of identification or its bare passes, on some scenarios or windows."""
     model, tokenizer = loaded(options)
     scenarios = scenarios_of(options.scenarios)
     values = scenario_values(scenarios_of(16))
     cuda = options.device.startswith("cuda")
     alone = torch.cuda.memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    if options.child == "bare":
+    if options.child == "bare scenarios":
         for one in scenarios:
             bare_scenario(model, tokenizer, one)
-    else:
+    elif options.child == "scenarios":
         collect(model, tokenizer, scenarios, values)
+    elif options.child == "bare sensitivity":
+        for _ in scenarios:
+            bare_window(model, windows(model, tokenizer))
+    else:
+        samples = DRAWS * ROWS * len(scenarios)
+        fisher_samples(model, tokenizer, load_neutral_texts(), samples=samples, window=WINDOW, rows=ROWS)
     spent = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": round(spent, 3), "model_bytes": alone, "peak_bytes": peak}
@@ -200,14 +191,17 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for name, one in result["time"].items():
         cells = [shown(one["ours"]["ms"]), shown(one["bare"]["ms"]), shown(one["ours"]["ratio"])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "## As scenarios grow", ""]
-    lines += ["| what | scenarios | processes | seconds | seconds per scenario | peak MB | over the bare passes |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
-    bare = result["growth"][0]["peak_bytes"]
+    lines += ["", "## As scenarios and windows grow", ""]
+    lines += [
+        "| pass | items | processes | seconds | seconds per item | peak MB | over the model | over the bare passes |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    bare = {one["what"].removeprefix("bare "): one["peak_bytes"] for one in result["growth"] if "bare" in one["what"]}
     for one in result["growth"]:
-        each, over = one["seconds"] / one["scenarios"], one["peak_bytes"] / bare
-        cells = [one["what"], one["scenarios"], one["processes"], one["seconds"], f"{each:.3g}"]
-        lines.append(f"| {' | '.join(map(str, cells))} | {one['peak_bytes'] / 1e6:.0f} | {over:.3f} |")
+        each, peak = one["seconds"] / one["items"], one["peak_bytes"]
+        over = peak / one["model_bytes"], peak / bare[one["what"].removeprefix("bare ")]
+        cells = [one["what"], one["items"], one["processes"], one["seconds"], f"{each:.3g}", f"{peak / 1e6:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} | {over[0]:.3f} | {over[1]:.3f} |")
     kept = result["kept_bytes"]
     lines += ["", f"Statistics take {kept['statistics'] / 1e6:.0f} MB of that, {SAMPLES} Fisher samples would take "]
     lines[-1] += f"{kept['fisher_samples'] / 1e6:.0f} MB."
@@ -219,7 +213,10 @@ def markdown(result: dict[str, Any]) -> list[str]:
     lines[-1] += (
         f"{100 * pad['of_reply_tokens']:.1f}% of the latter and {100 * pad['of_all_tokens']:.1f}% of all are padding; "
     )
-    lines[-1] += f"sorted and cut in two batches it would be {100 * pad['in_two_batches']:.1f}% of the replies'."
+    lines[-1] += (
+        f"with the replies of every scenario in one batch it would be {100 * pad['without_cuts']:.1f}% of the "
+    )
+    lines[-1] += f"replies'. A scenario's replies take {pad['passes']} passes."
     paper = result["on_paper"]
     lines += [
         "",
@@ -249,7 +246,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=None, help="operations per second that the device can do")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
-    parser.add_argument("--child", default=None, choices=["bare", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         found = child(options)
@@ -259,17 +256,21 @@ def main() -> None:
     if options.quick:
         options.model, options.scenarios, options.rounds = "tiny", 2, 2
     few = options.scenarios
-    runs = [("bare", few, 1), *(("ours", few * times, 1) for times in (1, 4, 16)), ("ours", few * 4, 2)]
+    runs = [("bare scenarios", few, 1), *(("scenarios", few * times, 1) for times in (1, 4, 16))]
+    runs += [("bare sensitivity", few, 1), *(("sensitivity", few * times, 1) for times in (1, 4, 16))]
+    runs += [("scenarios", few * 4, 2)]
     if torch.device(options.device).type == "cuda" and torch.cuda.device_count() < 2:
         runs.pop()  # two processes need two GPUs
     growth = [
-        {"what": what, "scenarios": count, "processes": many, **in_child(options, what, count, many)}
+        {"what": what, "items": count, "processes": many, **in_child(options, what, count, many)}
         for what, count, many in runs
     ]
     model, tokenizer = loaded(options)
     times = time_beside_bare(model, tokenizer, options)
-    padded = padding(tokenizer, load_scenarios("schwartz", "train"))
-    here = padding(tokenizer, scenarios_of(few))
+    train, device = load_scenarios("schwartz", "train"), torch.device(options.device)
+    # (on a GPU other cuts are worth their cost)
+    padded, on_gpus = (padding(tokenizer, train, where) for where in (device, torch.device("cuda")))
+    here = padding(tokenizer, scenarios_of(few), device)
     weights = sum(one.numel() for one in model.parameters())
     operations = few * weights * (2 * here["prompt_tokens"] + 4 * here["reply_tokens"])
     reached = operations / (times["scenarios"]["bare"]["ms"]["median"] / 1000)
@@ -285,7 +286,7 @@ def main() -> None:
         "kept_bytes": kept,
         "padding": padded,
         "operations_per_second": reached,
-        "on_paper": on_paper(padded, {name: one["ours"]["ratio"]["median"] for name, one in times.items()}, share),
+        "on_paper": on_paper(on_gpus, {name: one["ours"]["ratio"]["median"] for name, one in times.items()}, share),
     }
     name = "_".join(
         ["speed_identify", options.model or "smollm2", options.device.split(":")[0], *["quick"] * options.quick]

@@ -6,7 +6,8 @@ token), so replies of different lengths compare. A scenario's prompt is run once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,24 +94,43 @@ def reply_log_probs(model: nn.Module, encoded: EncodedScenario, *, prefix_grad: 
     Returns:
         `torch.Tensor`: Float32 `[replies]`, nats per token, on the model's device; with gradients if they are enabled.
     """
+    (found,) = grouped_log_probs(model, [encoded], prefix_grad=prefix_grad)
+    return found
+
+
+def grouped_log_probs(
+    model: nn.Module, groups: Sequence[EncodedScenario], *, prefix_grad: bool = False
+) -> Iterator[torch.Tensor]:
+    """[`reply_log_probs`] of groups of replies to one prompt, which is run once. Each group is run when it is asked for.
+
+    Args:
+        model (`nn.Module`): A causal language model of transformers, or one with adapters.
+        groups (`Sequence[EncodedScenario]`): The replies of each.
+        prefix_grad (`bool`): Whether gradients flow into the prompt too; for a single group.
+
+    Returns:
+        `Iterator[torch.Tensor]`: For each group, float32 `[replies]`.
+    """
     device = _device(model)
-    prompt, replies, mask = encoded.prompt.to(device), encoded.replies.to(device), encoded.mask.to(device)
-    count = replies.shape[0]
+    prompt = groups[0].prompt.to(device)
     cache = DynamicCache(config=_text_config(model))
     with torch.set_grad_enabled(prefix_grad and torch.is_grad_enabled()):
         first = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]
-    cache.batch_repeat_interleave(count)
-    attention = torch.cat([torch.ones(count, prompt.shape[1], device=device), mask], dim=1).long()
-    # The first token of a reply is told by the prompt's last position, the others by the token before.
-    logits = first.expand(count, -1, -1)
-    if replies.shape[1] > 1:
-        rest = model(
-            input_ids=replies[:, :-1], attention_mask=attention[:, :-1], past_key_values=cache, use_cache=True
-        )
-        logits = torch.cat([logits, rest.logits], dim=1)
-    logits = logits.float()
-    told = torch.gather(logits, 2, replies[:, :, None])[:, :, 0] - logits.logsumexp(-1)
-    return (told * mask).sum(1) / mask.sum(1)
+    for group in groups:
+        # (the last one may use it up)
+        branch = cache if group is groups[-1] else copy.deepcopy(cache)
+        replies, mask, count = group.replies.to(device), group.mask.to(device), len(group.replies)
+        branch.batch_repeat_interleave(count)
+        attention = torch.cat([torch.ones(count, prompt.shape[1], device=device), mask], dim=1).long()
+        # The first token of a reply is told by the prompt's last position, the others by the token before.
+        logits = first.expand(count, -1, -1)
+        if replies.shape[1] > 1:
+            ids, seen = replies[:, :-1], attention[:, :-1]
+            rest = model(input_ids=ids, attention_mask=seen, past_key_values=branch, use_cache=True)
+            logits = torch.cat([logits, rest.logits], dim=1)
+        logits = logits.float()
+        told = torch.gather(logits, 2, replies[:, :, None])[:, :, 0] - logits.logsumexp(-1)
+        yield (told * mask).sum(1) / mask.sum(1)
 
 
 def scenario_log_probs(

@@ -68,6 +68,20 @@ def test_the_samples_are_the_same_for_the_same_seed_and_leave_the_model_as_it_wa
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_numbers_are_drawn_where_the_model_is_by_a_generator_of_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, Any, int]] = []
+    randn = torch.randn
+
+    def watched(*shape: Any, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+        drawn.append((device, generator.device, generator.initial_seed()))
+        return randn(*shape, generator=generator, device=device)
+
+    monkeypatch.setattr(torch, "randn", watched)
+    fisher_samples(tiny_reader(), tiny_tokenizer(), TEXTS, samples=6, rows=1, seed=2)
+    cpu = torch.device("cpu")
+    assert drawn == [(cpu, cpu, 2 * 1_000_003 + number) for number in range(3) for _ in range(2)]
+
+
 def test_interrupted_samples_end_as_the_same_samples_bit_for_bit(tmp_path: Path) -> None:
     model, tokenizer = tiny_reader(), tiny_tokenizer()
     whole = fisher_samples(model, tokenizer, TEXTS, samples=48, rows=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,11 +44,14 @@ from neva_hf.identify import (
     top_neurons,
 )
 from neva_hf.identify.calibrate import FLUENT_KL, MAX_STRENGTH
-from neva_hf.measure import contrast, damage, margins, scenario_log_probs
+from neva_hf.identify.lengths import length_groups, only
+from neva_hf.measure import EncodedScenario, contrast, damage, margins, scenario_log_probs
 from neva_hf.prompts import format_prompt, format_reply
 
 SHAPE = (len(VALUES), LAYERS, D_FF)
 
+# (the package has a function of that name)
+COLLECT = importlib.import_module("neva_hf.identify.collect")
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 some_architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 
@@ -203,6 +207,35 @@ def test_the_sums_of_two_halves_add_up_to_those_of_the_whole() -> None:
         torch.testing.assert_close(getattr(added, name), getattr(whole, name), atol=1e-12, rtol=1e-12)
         assert getattr(added, name).dtype == torch.float64
     assert added.tokens == whole.tokens
+
+
+@each_architecture
+def test_replies_in_groups_of_like_length_give_the_sums_of_all_together(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_reader(architecture).double()
+    found = []
+    for worth in (1, 10**6):
+        monkeypatch.setattr(COLLECT, "worth_of_a_pass", lambda device, worth=worth: worth)
+        found.append(collect(model, tiny_tokenizer(), SCENARIOS, VALUES, probes=True).tensors())
+    cut, together = found
+    for name, tensor in together.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_replies_are_cut_where_it_saves_most_and_only_if_that_is_enough() -> None:
+    lengths = [9, 3, 8, 2, 3]
+    mask = torch.tensor([[1.0] * length + [0.0] * (9 - length) for length in lengths])
+    encoded = EncodedScenario(torch.ones(1, 4).long(), mask.long(), mask, list("abcde"))
+    # Three replies of at most 3 tokens beside one of 9: 3 * 6 tokens less.
+    assert length_groups(encoded, 18) == [[1, 3, 4], [0, 2]]
+    assert length_groups(encoded, 19) == [[0, 1, 2, 3, 4]]
+    short = only(encoded, [1, 3, 4])
+    assert short.keys == ["b", "d", "e"]
+    assert short.replies.shape == (3, 3)
+    assert short.mask.sum(1).tolist() == [3, 2, 3]
+    assert length_groups(only(encoded, [1, 4]), 1) == [[0, 1]]
+    assert length_groups(only(encoded, [0]), 0) == [[0]]
 
 
 def test_statistics_of_other_values_or_models_are_not_added() -> None:

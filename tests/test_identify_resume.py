@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from neva_hf import NeuronMap
 from neva_hf.identify import Statistics, collect
 
 MANY = SCENARIOS * 5
+# (the package has a function of that name)
+COLLECT = importlib.import_module("neva_hf.identify.collect")
 
 SCRIPT = """
 import os, signal, sys
@@ -64,7 +67,11 @@ def assert_same(one: Statistics, other: Statistics) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_an_interrupted_pass_ends_with_the_same_sums_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worth", [1, 10**6], ids=["in groups", "together"])
+def test_an_interrupted_pass_ends_with_the_same_sums_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int
+) -> None:
+    monkeypatch.setattr(COLLECT, "worth_of_a_pass", lambda device: worth)
     model, tokenizer = tiny_reader(), tiny_tokenizer()
     whole = collect(model, tokenizer, MANY, VALUES)
     with pytest.raises(Interrupted):

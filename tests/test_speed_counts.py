@@ -15,7 +15,7 @@ from test_edit_against_reference import KINDS
 from tiny import D_FF, LAYERS, SCENARIOS, VALUES, batch, tiny_pair, tiny_reader, tiny_tokenizer
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from neva_hf import Scenario
+from neva_hf import NeVAModel, Scenario
 from neva_hf.identify import collect, fisher_samples
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -153,6 +153,22 @@ def test_the_hooks_of_identification_do_as_much_for_long_replies_as_for_short_on
     assert {name: count for name, count in short.items() if name not in cut} == {
         name: count for name, count in long.items() if name not in cut
     }
+
+
+def test_loading_a_map_looks_at_the_base_model_twice_and_makes_each_layer_once(counting: Any, tmp_path: Path) -> None:
+    base, _, neuron_map = tiny_pair()
+    neuron_map.save_pretrained(tmp_path)
+    files = ["neva_hf/architectures.py", "neva_hf/dial.py", "neva_hf/layer.py", "neva_hf/fingerprint.py"]
+    calls = counting.python_calls(lambda: NeVAModel.from_pretrained(base, tmp_path), files)
+    found = Counter[str]()
+    for name, count in calls.items():
+        found[name.rpartition(".")[2]] += count
+    # (before anything is changed, and where PEFT comes in)
+    assert found["find_down_projections"] == 2
+    assert found["fingerprint"] == 1
+    assert found["neva_layers"] <= 2
+    assert found["fill"] == LAYERS
+    assert found["refresh"] <= 3 * LAYERS
 
 
 @each_kind

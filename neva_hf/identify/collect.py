@@ -2,13 +2,14 @@
 
 A reply's gradient comes from a probe: a vector of zeros per reply, added to a layer's activations at all the reply's
 tokens. The derivative of the reply's log-probability with respect to it is that of a constant shift, summed over the
-tokens by autograd, so there is nothing per token to keep. All replies of a scenario go through together, after their
-prompt was run once; one backward pass serves every value. On request, sums for linear value probes are kept as well (of
-what the down projections write; see probe.py).
+tokens by autograd, so there is nothing per token to keep. All replies of a scenario go through together after their
+prompt was run once (in two groups, where lengths differ much); a backward pass serves every value. On request, sums for
+linear value probes are kept as well (of what the down projections write; see probe.py).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,25 +22,36 @@ from transformers import PreTrainedTokenizerBase
 from neva_hf.architectures import find_down_projections
 from neva_hf.errors import NeVAError
 from neva_hf.layer import layer_sizes
-from neva_hf.measure import EncodedScenario, Progress, contrast, encode, no_progress, reply_log_probs
+from neva_hf.measure import EncodedScenario, Progress, contrast, encode, grouped_log_probs, no_progress
 from neva_hf.scenarios import Scenario
 
 from .checkpoint import checkpoint_key, read_checkpoint, write_checkpoint
+from .lengths import length_groups, only, worth_of_a_pass
 from .parallel import add_up, processes, share
 from .statistics import Statistics
 
 
+def _lists() -> defaultdict[int, list[torch.Tensor]]:
+    return defaultdict(list)
+
+
 @dataclass
 class _Taps:
-    """What the hooks share with the loop while one scenario runs."""
+    """What the hooks share with the loop while one scenario runs: by layers, one tensor per group of replies."""
 
     mask: torch.Tensor | None = None
     probes: dict[int, torch.Tensor] = field(default_factory=dict)
-    means: dict[int, torch.Tensor] = field(default_factory=dict)
-    active: dict[int, torch.Tensor] = field(default_factory=dict)
-    sums: dict[int, torch.Tensor] = field(default_factory=dict)
-    squares: dict[int, torch.Tensor] = field(default_factory=dict)
-    written: dict[int, torch.Tensor] = field(default_factory=dict)
+    means: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
+    active: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
+    sums: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
+    squares: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
+    written: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
+
+    def forget(self) -> None:
+        """Lets go of what the last scenario left."""
+        self.mask = None
+        for kept in (self.probes, self.means, self.active, self.sums, self.squares, self.written):
+            kept.clear()
 
 
 @contextmanager
@@ -56,10 +68,10 @@ def _tapped(modules: Sequence[nn.Module], outputs: bool) -> Iterator[_Taps]:
         mask = taps.mask[:, :, None].to(x.device)
         # (in float32: sums of half-precision numbers lose digits)
         own = rows.detach().float() * mask
-        taps.means[layer] = own.sum(1) / mask.sum(1)
-        taps.active[layer] = (own > 0).sum(1) / mask.sum(1)
-        taps.sums[layer] = own.sum((0, 1)).double()
-        taps.squares[layer] = own.square().sum((0, 1)).double()
+        taps.means[layer].append(own.sum(1) / mask.sum(1))
+        taps.active[layer].append((own > 0).sum(1) / mask.sum(1))
+        taps.sums[layer].append(own.sum((0, 1)).double())
+        taps.squares[layer].append(own.square().sum((0, 1)).double())
         probe = torch.zeros(replies, 1, rows.shape[2], device=x.device, dtype=torch.float32, requires_grad=True)
         taps.probes[layer] = probe
         return ((rows + probe.to(rows.dtype)).reshape(x.shape),)
@@ -69,7 +81,7 @@ def _tapped(modules: Sequence[nn.Module], outputs: bool) -> Iterator[_Taps]:
             return
         mask = taps.mask[:, :, None].to(output.device)
         own = output.detach().reshape(*taps.mask.shape, -1).float() * mask
-        taps.written[layer] = own.sum(1) / mask.sum(1)
+        taps.written[layer].append(own.sum(1) / mask.sum(1))
 
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs))
@@ -191,23 +203,36 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
     rows = [number for number, row in enumerate(weights) if row is not None]
     if not rows:
         return
-    # The last token of a reply is told by the one before it and runs through nothing itself.
-    taps.mask = encoded.mask[:, 1:].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    groups = length_groups(encoded, worth_of_a_pass(device))
+    parts = [only(encoded, group) for group in groups]
+    gradients = []
     with torch.enable_grad():
-        log_probs = reply_log_probs(model, encoded)
-        probes = [taps.probes[layer] for layer in range(len(statistics.modules))]
-        gradients = torch.autograd.grad(log_probs.sum(), probes)
-    taps.mask = None
+        log_probs = grouped_log_probs(model, parts)
+        for part in parts:
+            # The last token of a reply is told by the one before it and runs through nothing itself.
+            taps.mask = part.mask[:, 1:].to(device)
+            total = next(log_probs).sum()
+            gradients.append(
+                torch.autograd.grad(total, [taps.probes[layer] for layer in range(len(statistics.modules))])
+            )
+    # Back into the order of the replies.
+    back = torch.tensor([number for group in groups for number in group]).argsort()
+
+    def of_replies(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tensors).double().cpu()[back]
+
     table = torch.tensor([weights[number] for number in rows], dtype=torch.float64)
-    for layer, gradient in enumerate(gradients):
-        statistics.gradient[rows, layer] += table @ gradient[:, 0].double().cpu()
-        statistics.difference[rows, layer] += table @ taps.means[layer].double().cpu()
-        statistics.activity[rows, layer] += table @ taps.active[layer].double().cpu()
-        statistics.spread[layer] += taps.means[layer].double().var(0).cpu()
-        statistics.mean[layer] += taps.sums[layer].cpu()
-        statistics.square[layer] += taps.squares[layer].cpu()
+    for layer in range(len(statistics.modules)):
+        means = of_replies(taps.means[layer])
+        statistics.gradient[rows, layer] += table @ of_replies([one[layer][:, 0] for one in gradients])
+        statistics.difference[rows, layer] += table @ means
+        statistics.activity[rows, layer] += table @ of_replies(taps.active[layer])
+        statistics.spread[layer] += means.var(0)
+        statistics.mean[layer] += torch.stack(taps.sums[layer]).sum(0).cpu()
+        statistics.square[layer] += torch.stack(taps.squares[layer]).sum(0).cpu()
         if statistics.written is not None and statistics.scatter is not None:
-            written = taps.written[layer].double().cpu()
+            written = of_replies(taps.written[layer])
             statistics.written[rows, layer] += table @ written
             own = (written - written.mean(0)).float()
             statistics.scatter[layer].addmm_(own.T, own, alpha=1 / (len(own) - 1))
@@ -216,3 +241,4 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
     statistics.rivals[rows] += torch.where(opposed, 0, (table < 0).sum(1)).double()
     statistics.scenarios += 1
     statistics.tokens += float(encoded.mask[:, 1:].sum())
+    taps.forget()

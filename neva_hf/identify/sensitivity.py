@@ -60,7 +60,8 @@ def fisher_samples(
         samples (`int`): How many.
         window (`int`): From how many tokens each is taken.
         rows (`int`): How many windows run at once.
-        seed (`int`): For the order of the windows, and the random numbers.
+        seed (`int`): For the order of the windows, and the random numbers, which are drawn on the model's device: those
+            of a CPU are the same everywhere, those of a GPU are others.
         checkpoint (`Path`, *optional*): A file to write the samples to as they are found, and to go on from.
         checkpoint_every (`int`): After how many passes.
         progress ([`Progress`]): Shows how far it is.
@@ -87,9 +88,9 @@ def fisher_samples(
         model.requires_grad_(False).eval()
         for count, number in enumerate(progress(mine[done:], "sensitivity"), start=done + 1):
             # Each pass draws by itself, so that it does not matter which process makes it, or after what.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            drawn = seed * 1_000_003 + number
             picked = order[torch.arange(number * rows, (number + 1) * rows) % len(order)]
-            found[number * per_pass : (number + 1) * per_pass] = _draw(model, windows[picked], probes, generator)
+            found[number * per_pass : (number + 1) * per_pass] = _draw(model, windows[picked], probes, drawn)
             if path is not None and (count % checkpoint_every == 0 or count == len(mine)):
                 write_checkpoint(path, {"samples": found}, count, key)
     add_up([found])
@@ -140,17 +141,19 @@ def _probed(modules: Sequence[nn.Module]) -> Iterator[_Probes]:
             handle.remove()
 
 
-def _draw(model: nn.Module, ids: torch.Tensor, probes: _Probes, generator: torch.Generator) -> torch.Tensor:
+def _draw(model: nn.Module, ids: torch.Tensor, probes: _Probes, seed: int) -> torch.Tensor:
     """`_DRAWS` samples of each window: `[draws * rows, L, N]`."""
     device = next(model.parameters()).device
     probes.rows = len(ids)
     with torch.enable_grad():
         log_probs = model(input_ids=ids.to(device), use_cache=False).logits.float().log_softmax(-1)
+        # (where they are needed: a number for each token of the vocabulary takes long to move)
+        generator = torch.Generator(log_probs.device).manual_seed(seed)
         root = (log_probs.detach() / 2).exp()
         vectors = [probes.vectors[layer] for layer in range(len(probes.vectors))]
         samples = []
         for draw in range(_DRAWS):
-            normal = torch.randn(log_probs.shape, generator=generator).to(device)
+            normal = torch.randn(log_probs.shape, generator=generator, device=log_probs.device)
             gradients = torch.autograd.grad(
                 log_probs, vectors, grad_outputs=normal * root, retain_graph=draw + 1 < _DRAWS
             )
