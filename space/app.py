@@ -1,14 +1,13 @@
 """The Space. Everything that it shows lives in `neva_hf.space`; here it is only put together.
 
-Settings of the Space (environment variables): `NEVA_MAP`, the map, a repository on the Hub (by default the folder `map`
-beside this file, if there is one, else the map that came with neva-hf); `NEVA_BASE`, the base model, if not the one that
-the map names; `NEVA_MAPS`, other maps to offer, with commas between.
+Settings of the Space (environment variables): `NEVA_MAP`, the map, a repository on the Hub (by default the one that came
+with neva-hf); `NEVA_BASE`, the base model, if not the one that the map names; `NEVA_MAPS`, other maps to offer, with
+commas between.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 # On ZeroGPU this comes before anything that touches CUDA.
 try:
@@ -20,11 +19,8 @@ from neva_hf.space import page
 from neva_hf.space.engine import Engine
 from neva_hf.space.jobs import no_gpu
 
-beside = Path(__file__).with_name("map")
-chosen = os.environ.get("NEVA_MAP") or (str(beside) if beside.is_dir() else None)
-
 # The model is on CUDA from the start: ZeroGPU lends a GPU to calls, and moves it there then.
-engine = Engine.load(chosen, os.environ.get("NEVA_BASE") or None)
+engine = Engine.load(os.environ.get("NEVA_MAP") or None, os.environ.get("NEVA_BASE") or None)
 on_zero_gpu = spaces is not None and bool(os.environ.get("SPACES_ZERO_GPU"))
 others = [name.strip() for name in os.environ.get("NEVA_MAPS", "").split(",") if name.strip()]
 

@@ -341,7 +341,7 @@ def test_a_page_that_would_be_no_mcp_server_does_not_start(engine: Engine, monke
 def test_the_gate_can_be_switched_where_the_map_has_one(gate: bool) -> None:
     demo = page.build(page_engine(gate=gate))
     (switch,) = [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == "gate"]
-    assert switch.interactive is gate
+    assert switch.visible is gate
     assert switch.value is False
 
 
@@ -378,7 +378,6 @@ def test_neva_space_opens_the_page(tmp_path: Path) -> None:
         "-m",
         "neva_hf.cli",
         "space",
-        "--map",
         str(folder),
         "--base",
         str(base),

@@ -166,9 +166,34 @@ def test_what_cannot_be_frozen_says_why() -> None:
 def test_the_page_serves_its_own_map_through_the_api_and_says_so() -> None:
     engine = tiny_engine()
     engine.visiting, engine.source = True, "user/neva-map"
-    assert "neva space user/neva-map" in take_home.curl(engine, DIALS, "What now?", 0)
+    told = take_home.curl(engine, DIALS, "What now?", 0)
+    assert "neva space user/neva-map" in told
+    # (the command takes it so)
+    words = shlex.split(told.rpartition(": ")[2])
+    assert CliRunner().invoke(app, [*words[1:], "--port", "0"]).output.count("--port") == 1
     link = take_home.python(engine, DIALS, "What now?", 0, "https://example.com").splitlines()[1][2:]
     assert from_link(dict(parse_qsl(urlsplit(link).query)), engine.values).map == "user/neva-map"
+
+
+def test_a_map_that_came_along_is_found_wherever_neva_hf_lies(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine.source
+    monkeypatch.setattr("neva_hf.space.engine.default_map", lambda: Path(folder))
+    monkeypatch.setattr("neva_hf.space.maps.default_map", lambda: Path(folder))
+    monkeypatch.chdir(tmp_path)
+    shipped = Engine.load(device="cpu")
+    assert (shipped.shipped, shipped.source) == (True, "map")
+    codes = [
+        write(shipped, DIALS, "What now?", 0, max_new_tokens=10)
+        for write in (take_home.python, take_home.command_line, take_home.stock, take_home.edit_json)
+    ]
+    assert all(folder not in code for code in codes)
+    assert run(codes[0]).strip() == answer(shipped, "What now?").edited
+    # A shell asks Python for the folder, and hands it on as one word.
+    for code in codes[1:3]:
+        asked = f"python() {{ printf '%s\\n' {shlex.quote(folder)}; }}\n"
+        assert f"<{folder}>" in shell(asked + code, "pip", "neva").splitlines()
 
 
 @pytest.mark.parametrize("gain", [False, True])

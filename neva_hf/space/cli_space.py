@@ -10,7 +10,9 @@ import typer
 def space(
     map_source: Annotated[
         str | None,
-        typer.Option("--map", help="A neuron map: a folder, or a repository on the Hub. Default: the published one."),
+        typer.Argument(
+            metavar="[MAP]", help="A folder, or a repository on the Hub. Default: the one that came along."
+        ),
     ] = None,
     base: Annotated[
         str | None,

@@ -54,7 +54,8 @@ class Engine:
 
     Attributes:
         name (`str`): What people call the map.
-        source (`str`): What `NeVAModel.from_pretrained` takes to load it.
+        source (`str`): What `NeVAModel.from_pretrained` takes to load it; the name of a map that came with neva-hf.
+        shipped (`bool`): Whether the map came with neva-hf, so that everybody who has that has it.
         base_name (`str`): The base model.
         map ([`NeuronMap`]): The map.
         values (`list[str]`): Its dials, in the order of the circle.
@@ -69,7 +70,7 @@ class Engine:
 
     def __init__(self, shared: _Shared, neuron_map: NeuronMap, name: str, source: str, visiting: bool = False) -> None:
         self._shared = shared
-        self.name, self.source, self.visiting = name, source, visiting
+        self.name, self.source, self.visiting, self.shipped = name, source, visiting, False
         # Dials are turned by visitors alone, and the page says itself what lies beyond the ranges.
         config = replace(copy.deepcopy(neuron_map.config), default_strengths={}, ranges={})
         self._quiet_map = NeuronMap(config, neuron_map.modules)
@@ -124,7 +125,10 @@ class Engine:
         revision = neuron_map.config.revision if same else None
         model, tokenizer = load_base(base or neuron_map.base_model, revision=revision)
         name = Path(where).resolve().name if Path(where).exists() else where
-        engine = cls.of(model, tokenizer, neuron_map, name=name, source=source or short_path(where), limits=limits)
+        shipped = map_source is None and source is None
+        found = source or (name if shipped else short_path(where))
+        engine = cls.of(model, tokenizer, neuron_map, name=name, source=found, limits=limits)
+        engine.shipped = shipped
         # Last of all: on ZeroGPU, what was moved has no numbers to read until a GPU is there.
         for part in (model, engine.model):
             part.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

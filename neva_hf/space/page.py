@@ -66,7 +66,7 @@ def build(engine: Engine, *, gpu: Decorator = no_gpu, maps: Sequence[str] = ()) 
             render=False,
         )
         with gr.Row(elem_id="columns"):
-            with gr.Column(scale=12, min_width=320, elem_id="left"):
+            with gr.Column(scale=13, min_width=320, elem_id="left"):
                 control = dial(engine, start, begun)
                 cost = gr.HTML(gauge(engine, start, begun), elem_id="cost", apply_default_css=False)
                 gate = gr.Checkbox(False, **_gate(engine), elem_id="gate")
@@ -88,7 +88,7 @@ def build(engine: Engine, *, gpu: Decorator = no_gpu, maps: Sequence[str] = ()) 
                         elem_id="map-name",
                     )
                     load = gr.Button("Load the map", size="sm", elem_id="map-load")
-            with gr.Column(scale=13, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Column(scale=12, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs") as tabs:
                 with gr.Tab("Talk"):
                     talk = talk_tab(question, engine)
                 with gr.Tab("Neuron map"):
@@ -256,14 +256,15 @@ def _most(engine: Engine, dials: Dials) -> str:
 
 
 def _gate(engine: Engine) -> dict[str, Any]:
-    info = "Edits then act only as far as each token needs." if engine.has_gate else "This map was made without gates."
-    return {"label": "Gate", "info": info, "interactive": engine.has_gate}
+    info = "Edits then act only as far as each token needs."
+    return {"label": "Gate", "info": info, "visible": engine.has_gate}
 
 
 def _about(engine: Engine) -> str:
     return status(
         f"{engine.name}: {len(engine.values)} values ({engine.system.label}) on {engine.base_name}, "
-        f"{sum(int(edits.index.numel()) for edits in engine.map.modules.values())} neurons."
+        f"{sum(int(edits.index.numel()) for edits in engine.map.modules.values())} neurons, "
+        f"{'with' if engine.has_gate else 'without'} gates."
     )
 
 

@@ -48,7 +48,12 @@ def sweep_tab(engine: Engine) -> dict[str, Any]:
     gr.HTML('<p class="nv-lead">One question at five strengths of one dial, from little to much, in one batch.</p>')
     with gr.Row():
         value = gr.Dropdown(
-            choices(engine), value=engine.values[0], label="Value", elem_id="sweep-value", filterable=False
+            choices(engine),
+            value=engine.values[0],
+            label="Value",
+            elem_id="sweep-value",
+            filterable=False,
+            min_width=190,
         )
         question = gr.Textbox(QUESTIONS[0], label="Question", scale=3, elem_id="sweep-question")
         run = gr.Button("Sweep", variant="primary", elem_id="sweep-run", scale=0, min_width=110)
@@ -90,9 +95,9 @@ def blind_tab() -> dict[str, Any]:
         '<p class="nv-lead">Two answers without names. One comes from the base model, one from your dials. '
         "Can you tell which?</p>"
     )
-    with gr.Row(equal_height=True):
+    with gr.Row():
         question = gr.Textbox(QUESTIONS[0], label="Question", scale=3, elem_id="blind-question")
-        deal = gr.Button("Show me two answers", variant="primary", elem_id="blind-deal", scale=0, min_width=180)
+        deal = gr.Button("Show me two answers", variant="primary", elem_id="blind-deal", scale=0, min_width=220)
     shown = gr.HTML(status("Your score starts at 0."), elem_id="blind", apply_default_css=False)
     with gr.Row():
         first = gr.Button("A is the edited one", interactive=False, elem_id="guess-a")

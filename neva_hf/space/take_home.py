@@ -25,6 +25,10 @@ API_NAME = "answer"
 API_INPUTS = ("question", "dials", "seed", "max_new_tokens", "temperature", "gate")
 
 _NOWHERE = "http://127.0.0.1:7860"
+# Where the map lies that came with neva-hf, for Python and for a shell: in a clone it is elsewhere than in an installation.
+_SHIPPED = "from neva_hf.space.maps import default_map\n"
+_MAP = "map=$(python -c 'from neva_hf.space.maps import default_map; print(default_map())')\n"
+
 _NOTHING = "# All dials are at 0, which is the base model. Turn one first.\n"
 
 
@@ -65,21 +69,23 @@ def python(
     if plain:
         options |= {"stop_strings": f"[{NEXT_QUESTION!r}]", "tokenizer": "tokenizer"}
     given = "".join(f"    {name}={text},\n" for name, text in options.items())
+    found = "default_map()" if engine.shipped else repr(engine.source)
     if _other_base(engine):
         names = "NeVAModel, load_base"
         loading = (
-            f"base, tokenizer = load_base({engine.base_name!r})\n"
-            f"model = NeVAModel.from_pretrained(base, {engine.source!r})\n"
+            f"base, tokenizer = load_base({engine.base_name!r})\nmodel = NeVAModel.from_pretrained(base, {found})\n"
         )
     else:
         names = "NeVAModel"
-        loading = f"model = NeVAModel.from_pretrained({engine.source!r})\ntokenizer = model.tokenizer\n"
+        loading = f"model = NeVAModel.from_pretrained({found})\ntokenizer = model.tokenizer\n"
     where = f"# {_link(engine, turned, question, seed, url, temperature, gate)}\n" if url else ""
     seeding = f"torch.manual_seed({seed})  # the page draws its random numbers in another way\n" if sampled else ""
     return (
         f"# pip install neva-hf\n{where}"
         + ("import torch\n\n" if sampled else "")
-        + f"from neva_hf import {names}\nfrom neva_hf.prompts import format_prompt\n\n"
+        + f"from neva_hf import {names}\nfrom neva_hf.prompts import format_prompt\n"
+        + (_SHIPPED if engine.shipped else "")
+        + "\n"
         + loading
         + f"\nprompt = format_prompt(tokenizer, {question.strip()!r})\n"
         + 'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)\n'
@@ -105,17 +111,16 @@ def command_line(
     Returns:
         `str`: For a shell.
     """
-    words = ["neva", "chat", engine.source]
-    words += ["--base", engine.base_name] if _other_base(engine) else []
+    words = ["--base", engine.base_name] if _other_base(engine) else []
     for name, strength in engine.check(dials).items():
         words += ["--set", f"{name}={strength:g}"]
     words += ["--max-new-tokens", str(max_new_tokens)]
     words += ["--temperature", f"{temperature:g}", "--seed", str(seed)] if temperature > 0 else []
-    command = shlex.join(words)
+    command = f"neva chat {_shell_map(engine)} {shlex.join(words)}"
     # One line is one question there, and a slash begins a command.
     line = " ".join(question.split())
     asked = "" if not line or line.startswith("/") else f"printf '%s\\n' {shlex.quote(line)} | "
-    return f'# pip install "neva-hf[cli]"\n{asked}{command}\n'
+    return f'# pip install "neva-hf[cli]"\n{_MAP if engine.shipped else ""}{asked}{command}\n'
 
 
 def curl(
@@ -175,11 +180,12 @@ def stock(
         return (
             "# This map has gates, which decide at every token: it needs neva-hf, and no other adapter can hold it.\n"
         )
-    words = ["neva", "export", "merge" if engine.map.config.use_gain else "stock", engine.source]
-    words.append("my-model" if engine.map.config.use_gain else "my-adapter")
+    kind, made_as = ("merge", "my-model") if engine.map.config.use_gain else ("stock", "my-adapter")
+    words = [made_as]
     words += ["--base", engine.base_name] if _other_base(engine) else []
     words += ["--strengths", ",".join(f"{name}={strength:g}" for name, strength in turned.items())]
-    made = f'pip install "neva-hf[cli]"\n{shlex.join(words)}\n\n'
+    command = f"neva export {kind} {_shell_map(engine)} {shlex.join(words)}"
+    made = f'pip install "neva-hf[cli]"\n{_MAP if engine.shipped else ""}{command}\n\n'
     if engine.map.config.use_gain:
         return (
             "# This map has gains, which no stock adapter can hold, so this writes a whole model.\n"
@@ -239,6 +245,10 @@ def edit_json(
         lines.append(f"    {json.dumps(name)}: {json.dumps(found, separators=(',', ':'))}")
     head = json.dumps(about, indent=2, ensure_ascii=False).removesuffix("\n}")
     return head + ',\n  "modules": {\n' + ",\n".join(lines) + ("\n" if lines else "") + "  }\n}\n"
+
+
+def _shell_map(engine: Engine) -> str:
+    return '"$map"' if engine.shipped else shlex.quote(engine.source)
 
 
 def _other_base(engine: Engine) -> bool:

@@ -3,7 +3,8 @@
 // as text, never as markup.
 const SVG = "http://www.w3.org/2000/svg";
 const OUTER = 150, ZERO = 82, INNER = 16;  // radii: furthest out, strength 0, furthest in
-const WIDE = 272, HIGH = 194;              // half of the picture, with the labels
+const WIDE = 278, HIGH = 194;              // half of the picture, with the labels
+const LINE = 15;                           // letters in a line of a label
 const NATS = 0.25;                         // an expected shift of so much is drawn as far out as a dial at 1
 const PHONE = 640;                         // in a narrower window the sliders are folded away at first
 
@@ -61,6 +62,15 @@ function build() {
     draw();
 }
 
+// A label in at most two lines, each cut where it would leave the picture; the list of sliders has all of it.
+function lines(label) {
+    if (label.length <= LINE) return [label];
+    const breaks = [...label.matchAll(/\s+/g)].map((found) => found.index);
+    const at = breaks.sort((a, b) => Math.abs(a - label.length / 2) - Math.abs(b - label.length / 2))[0];
+    const cut = (text) => text.length > LINE ? text.slice(0, LINE - 1) + "…" : text;
+    return (at === undefined ? [label] : [label.slice(0, at), label.slice(at).trim()]).map(cut);
+}
+
 function circle() {
     const half = 180 / spec.values.length;
     const svg = make("svg", { viewBox: `${-WIDE} ${-HIGH} ${2 * WIDE} ${2 * HIGH}`, class: "nv-circle", role: "img" });
@@ -80,12 +90,14 @@ function circle() {
         );
         const filled = make("path", { class: "nv-filled", "data-value": value.name });
         sector.append(filled);
-        const [x, y] = point(OUTER + 13, value.angle);
+        const sideways = Math.abs(Math.sin(value.angle * Math.PI / 180)) > 0.9;
+        const [x, y] = point(OUTER + (sideways ? 10 : 15), value.angle);
         const side = Math.abs(x) < 20 ? "middle" : x > 0 ? "start" : "end";
         const amount = make("tspan", { x, dy: "1.15em", class: "nv-amount" });
-        const lift = y < -100 ? -12 : y > 100 ? 8 : -4;
+        const words = lines(value.label).map((text, line) => make("tspan", { x, dy: line ? "1.1em" : 0 }, text));
+        const lift = (y < -100 ? -12 : y > 100 ? 8 : -4) - (words.length > 1 ? (y > 100 ? 4 : 12) : 0);
         const label = make("text", { x, y: Number(y) + lift, "text-anchor": side, class: "nv-label", style: `--hue:${value.hue}` },
-            make("tspan", {}, value.label), amount);
+            make("title", {}, value.label), ...words, amount);
         const handle = make("circle", { r: 9, class: "nv-handle", "data-value": value.name, style: `--hue:${value.hue}` }, make("title", {}, `Drag ${value.label}`));
         const dot = make("circle", { r: 3.4, class: "nv-dot" });
         back.append(sector); labels.append(label); handles.append(handle); front.append(dot);
