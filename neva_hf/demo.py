@@ -17,12 +17,13 @@ from rich.table import Table
 
 from .base import load_base
 from .console import show_progress
+from .dial import active_configs
 from .errors import NeVAError
 from .identify import identify_neurons
 from .measure import damage, margins, scenario_log_probs
 from .model import NeVAModel
 from .scenarios import load_neutral_texts, load_scenarios
-from .strengths import Strengths
+from .strengths import Strengths, no_range_warnings
 from .talk import AnswerOptions, answers
 from .values import load_value_system
 
@@ -92,9 +93,13 @@ def run_demo(
     dialled = [value for value in values if value in model.values] or model.values[:2]
     settings: list[dict[str, float]] = [{value: strength} for value in dialled for strength in strengths]
     console.print("\n[bold]Answers[/] (greedy; each table is one batch, one setting of the dials per row)")
-    heard = [_hear(console, model, question, settings, max_new_tokens) for question in QUESTIONS]
-    effects = _measure(console, progress, model, [{}, *settings])
+    with no_range_warnings():
+        heard = [_hear(console, model, question, settings, max_new_tokens) for question in QUESTIONS]
+        effects = _measure(console, progress, model, [{}, *settings])
     _show_effects(console, effects)
+    (config,) = active_configs(model).values()
+    if fluent := [f"{value} {low:g} to {high:g}" for value, (low, high) in config.ranges.items() if value in dialled]:
+        console.print(f"Known to stay fluent: {escape(', '.join(fluent))}.", style="dim")
     seconds = time.time() - started
     console.print(f"\nDone in {seconds:.0f} s. Go on with [bold]neva chat {escape(map_source)}[/]")
     return {

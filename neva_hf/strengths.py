@@ -11,7 +11,8 @@ import difflib
 import math
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -74,6 +75,16 @@ def _warn_beyond(strengths: Strengths, ranges: Mapping[str, Sequence[float]], wh
                 UserWarning,
                 stacklevel=4,
             )
+
+
+@contextmanager
+def no_range_warnings() -> Iterator[None]:
+    """For what shows or measures on purpose what lies beyond the fluent range, and says so itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*outside the range in which this map is known", category=UserWarning
+        )
+        yield
 
 
 def parse_strengths(

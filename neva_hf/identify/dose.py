@@ -12,10 +12,8 @@ scenarios and without running the model. For a target t at strength s, an observ
 from __future__ import annotations
 
 import math
-import warnings
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -26,7 +24,7 @@ from neva_hf.dial import active_configs, dialled
 from neva_hf.errors import NeVAError
 from neva_hf.measure import Progress, damage, margins, no_progress, scenario_log_probs
 from neva_hf.scenarios import Scenario, scenario_values
-from neva_hf.strengths import MAX_STRENGTH, unknown_value_message
+from neva_hf.strengths import MAX_STRENGTH, no_range_warnings, unknown_value_message
 
 STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 
@@ -109,7 +107,7 @@ def dose_curves(
     edited: dict[tuple[str, float], list[LogProbs]] = {setting: [] for setting in settings}
     divergence = dict.fromkeys(settings, 0.0)
     tokens = dict.fromkeys(config.values, 0)
-    with _no_range_warnings():
+    with no_range_warnings():
         for value, strength, what in progress(runs, "dose curves"):
             if isinstance(what, Scenario):
                 with dialled(model, {value: strength} if value else {}):
@@ -257,13 +255,3 @@ def _numbers(found: Any) -> TypeGuard[list[float]]:
 
 def _rounded(number: float, digits: int) -> float | None:
     return round(number, digits) if math.isfinite(number) else None
-
-
-@contextmanager
-def _no_range_warnings() -> Iterator[None]:
-    """The curves show what lies beyond the fluent range, so nobody needs to be warned of measuring it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*outside the range in which this map is known", category=UserWarning
-        )
-        yield
