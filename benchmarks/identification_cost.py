@@ -4,8 +4,8 @@
 
 Every scenario is timed in turn with the pass of `neva_hf.identify.collect` and with the same model calls alone: the prompt,
 the replies on its cache (in the same groups), and backward passes down to the first layer, with nothing collected. Every
-window of neutral text likewise, for the samples of `fisher_samples`. Ratios are of the sums of medians over the repeats,
-from one process.
+window of neutral text likewise, for the samples of `fisher_samples`, and every scenario again for those of `reply_samples`.
+All of them are for shifts and gains. Ratios are of the sums of medians over the repeats, from one process.
 Written to `benchmarks/results/identification_cost.json` and `.md`.
 """
 
@@ -24,9 +24,11 @@ from typing import Any
 import torch
 
 from neva_hf import load_base, load_scenarios
-from neva_hf.identify import collect, fisher_samples
+from neva_hf.architectures import find_down_projections
+from neva_hf.identify import collect, fisher_samples, reply_samples
 from neva_hf.identify.lengths import length_groups, only, worth_of_a_pass
-from neva_hf.measure import encode, grouped_log_probs
+from neva_hf.measure import encode, grouped_log_probs, grouped_logits
+from neva_hf.projection import layer_sizes
 from neva_hf.scenarios import load_neutral_texts, scenario_values
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,6 +67,23 @@ def bare_window(model: Any, ids: torch.Tensor) -> None:
         for draw in range(DRAWS):
             told = log_probs.gather(-1, ids[..., None]).sum()
             torch.autograd.grad(told, leaves[-1], retain_graph=draw + 1 < DRAWS)
+
+
+def bare_replies(model: Any, tokenizer: Any, scenario: Any) -> None:
+    encoded = encode(tokenizer, scenario)
+    with differentiable(model) as leaves, torch.enable_grad():
+        (logits,) = grouped_logits(model, [encoded])
+        told = logits.log_softmax(-1).gather(-1, encoded.replies.to(logits.device)[..., None]).sum()
+        for draw in range(DRAWS):
+            torch.autograd.grad(told, leaves[-1], retain_graph=draw + 1 < DRAWS)
+
+
+def some_neurons(model: Any, values: int, count: int = 3000) -> torch.Tensor:
+    """As many neurons per value as there are candidates."""
+    modules = list(find_down_projections(model).values())
+    chosen = torch.zeros(values, len(modules), layer_sizes(modules[0])[0], dtype=torch.bool)
+    chosen.flatten(1)[:, :: max(chosen[0].numel() // count, 1)] = True
+    return chosen
 
 
 def padding(tokenizer: Any, scenarios: Sequence[Any], device: torch.device) -> dict[str, float]:
@@ -118,7 +137,8 @@ def main() -> None:
     model.requires_grad_(False)
     scenarios = load_scenarios("schwartz", "train", limit=options.scenarios)
     values = scenario_values(scenarios)
-    collect(model, tokenizer, scenarios[:1], values)  # what happens only once is not timed
+    collect(model, tokenizer, scenarios[:1], values, gains=True)  # what happens only once is not timed
+    neurons = some_neurons(model, len(values))
     device = next(model.parameters()).device
     text = load_neutral_texts(limit=8)
     ids = torch.tensor([tokenizer(one)["input_ids"][:WINDOW] for one in text], device=device)
@@ -127,7 +147,7 @@ def main() -> None:
         "scenarios": ratio_of(
             [
                 (
-                    lambda one=one: collect(model, tokenizer, [one], values),
+                    lambda one=one: collect(model, tokenizer, [one], values, gains=True),
                     lambda one=one: bare_scenario(model, tokenizer, one),
                 )
                 for one in scenarios
@@ -137,11 +157,23 @@ def main() -> None:
         "sensitivity": ratio_of(
             [
                 (
-                    lambda: fisher_samples(model, tokenizer, text, samples=DRAWS * ROWS, window=WINDOW, rows=ROWS),
+                    lambda: fisher_samples(
+                        model, tokenizer, text, samples=DRAWS * ROWS, window=WINDOW, rows=ROWS, gains=True
+                    ),
                     lambda: bare_window(model, ids),
                 )
             ]
             * options.scenarios,
+            options.repeats,
+        ),
+        "replies": ratio_of(
+            [
+                (
+                    lambda one=one: reply_samples(model, tokenizer, [one], values, neurons, gains=True),
+                    lambda one=one: bare_replies(model, tokenizer, one),
+                )
+                for one in scenarios
+            ],
             options.repeats,
         ),
     }

@@ -2,11 +2,11 @@
 
     python benchmarks/selection.py [--base MODEL] [--sizes 50 200 500 1000 5000] [--scores attribution ...]
 
-One pass over the training scenarios and one over neutral text serve all settings. `balanced` is the leakage-aware choice
-(`leakage_penalty` 1) at every size; each score is taken at `--neurons`. Every map is calibrated on the same few neutral
-texts and measured at +1 on the same dev scenarios, for all values. `--checkpoint` takes up the passes of a killed run (or
-of `neva identify --checkpoint`). Written to `benchmarks/results/selection_MODEL.json` and `.md`, and drawn in
-`docs/images/`.
+The same passes over the training scenarios and over neutral text serve all settings. `balanced` is the leakage-aware
+choice (`leakage_penalty` 1) with shifts and gains, at every size; `shifts` is that without gains, and each score ranks
+neurons singly, both at `--neurons`. Every map is calibrated on the same few neutral texts and measured at +1 on the same
+dev scenarios, for all values. `--checkpoint` takes up the passes of a killed run (or of `neva identify --checkpoint`).
+Written to `benchmarks/results/selection_MODEL.json` and `.md`, and drawn in `docs/images/`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from neva_hf.identify import (
     balanced_neurons,
     build_map,
     calibrate,
+    candidates,
     collect,
     fisher_samples,
     middle_layers,
+    reply_samples,
     top_neurons,
     with_logits_per_unit,
 )
@@ -118,21 +121,28 @@ def main() -> None:
     texts, values = load_neutral_texts(), scenario_values(train)
     kept = options.checkpoint
     probes = "probe" in options.scores
-    statistics = collect(base, tokenizer, train, values, probes=probes, checkpoint=kept, progress=progress)
+    statistics = collect(base, tokenizer, train, values, probes=probes, gains=True, checkpoint=kept, progress=progress)
     layers = middle_layers(len(statistics.modules))
     config = {"values": values, "base": describe_base(base)}
     settings: list[tuple[str, int]] = [("balanced", size) for size in options.sizes]
+    settings += [("shifts", options.neurons)] if options.sizes else []
     settings += [(score, options.neurons) for score in options.scores]
     fisher = None if kept is None else kept.with_name(f"{kept.name}.fisher")
-    samples = fisher_samples(base, tokenizer, texts, checkpoint=fisher, progress=progress) if options.sizes else None
+    drawn = {"gains": True, "progress": progress}
+    if options.sizes:
+        samples = fisher_samples(base, tokenizer, texts, checkpoint=fisher, **drawn)
+        pool = candidates(statistics, samples, len(values), max(options.sizes), 1.0, layers)
+        own = reply_samples(base, tokenizer, train, values, pool, **drawn)
 
     name = Path(options.base or "smollm2-135m-instruct").name
     output = ROOT / "results" / f"selection_{name}.json"
     rows: list[dict[str, Any]] = []
     for method, neurons in settings:
         if method == "balanced":
-            assert samples is not None
-            chosen, shifts = balanced_neurons(statistics, samples, len(values), neurons, 1.0, layers)
+            chosen, shifts = balanced_neurons(statistics, samples, len(values), neurons, 1.0, layers, own)
+        elif method == "shifts":
+            constant = replace(statistics, gain_gradient=None)
+            chosen, shifts = balanced_neurons(constant, samples[:, :1], len(values), neurons, 1.0, layers)
         else:
             known = with_logits_per_unit(base, statistics) if method == "probe" else statistics
             scored = SCORES[method](known)

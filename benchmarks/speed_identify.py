@@ -4,12 +4,14 @@
     python benchmarks/speed_identify.py --quick    # a tiny model: does it run?
 
 **Time.** Every scenario is run by `collect` and by the same model calls alone (the prompt, the replies on its cache, one
-backward pass down to the first layer, nothing kept), in turn; every window of neutral text likewise by `fisher_samples`.
+backward pass down to the first layer, nothing kept), in turn; every window of neutral texts by `fisher_samples`, and
+every scenario again by `reply_samples`. All of them are for shifts and gains.
 
 **Memory.** The peak of a process of its own for the bare passes, and for identification as scenarios (and the batches of
 windows) grow 1x, 4x, 16x: resident memory on a CPU, allocated memory on a GPU. What identification has to keep is known
-beforehand and shown beside: `8 * (3 V + 3) * L * N` bytes of statistics and `4 * S * L * N` of Fisher samples, both in the
-memory of the CPU. (V values, L layers of N neurons, S samples.)
+beforehand and shown beside: `8 * (4 V + 3) * L * N` bytes of statistics, `8 * S * L * N` of Fisher samples and
+`16 * V * R * k` of samples of replies, all in the memory of the CPU. (V values, L layers of N neurons, S samples, R
+scenarios, at most 256, and k candidates per value, 3,000 as a rule.)
 
 **Processes.** The same scenarios by one process and by two, each with half of the threads.
 
@@ -21,7 +23,7 @@ such cuts.
 does a backward pass that asks for no gradients of weights. A scenario is `T_p` tokens of prompt (forward) and `T_r` tokens
 of replies (forward and backward), a Fisher pass of `w` tokens is one forward and two backward passes for two samples:
 
-    operations = scenarios * (2 P T_p + 4 P T_r) + (S / 2) * w * 6 P
+    operations = scenarios * (2 P T_p + 4 P T_r) + (S / 2) * w * 6 P + R * (2 P T_p + 6 P T_r)
     seconds    = operations * ratio / (GPUs at work * peak * share)
 
 `T_p` and `T_r` are means of the scenarios here (padding included), `ratio` is the measured cost over the bare passes, and
@@ -47,18 +49,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from identification_cost import DRAWS, ROWS, WINDOW, bare_scenario, bare_window, padding
+from identification_cost import DRAWS, ROWS, WINDOW, bare_replies, bare_scenario, bare_window, padding, some_neurons
 from speed_models import DTYPES, model_named
 from timing import RESULTS, compared, in_turn, machine, machine_line, shown, write
 
 from neva_hf import Scenario, load_base, load_scenarios
 from neva_hf.architectures import find_down_projections
-from neva_hf.identify import collect, fisher_samples
+from neva_hf.identify import collect, fisher_samples, reply_samples
 from neva_hf.identify.parallel import processes
 from neva_hf.projection import layer_sizes
 from neva_hf.scenarios import load_neutral_texts, scenario_values
 
-SAMPLES = 2048  # as `fisher_samples` has them
+SAMPLES, REPLIES, CANDIDATES = 2048, 256, 3000  # as identification has them
 BIG = {"name": "Llama-3-70B", "parameters": 70.6e9, "layers": 80, "neurons": 28672, "scenarios": 400}
 GPUS, PEAK, SHARE = 8, 989e12, 0.4  # H100 in bfloat16, and what long batches usually reach of it
 
@@ -96,11 +98,20 @@ def time_beside_bare(model: Any, tokenizer: Any, options: argparse.Namespace) ->
         for one in scenarios:
             bare_scenario(model, tokenizer, one)
 
+    def all_replies() -> None:
+        for one in scenarios:
+            bare_replies(model, tokenizer, one)
+
+    neurons, drawn = some_neurons(model, len(values)), {"samples": DRAWS * ROWS, "window": WINDOW, "rows": ROWS}
     passes = {
-        "scenarios": {"bare": all_bare, "ours": lambda: collect(model, tokenizer, scenarios, values)},
+        "scenarios": {"bare": all_bare, "ours": lambda: collect(model, tokenizer, scenarios, values, gains=True)},
         "sensitivity": {
             "bare": partial(bare_window, model, ids),
-            "ours": lambda: fisher_samples(model, tokenizer, texts, samples=DRAWS * ROWS, window=WINDOW, rows=ROWS),
+            "ours": lambda: fisher_samples(model, tokenizer, texts, **drawn, gains=True),
+        },
+        "replies": {
+            "bare": all_replies,
+            "ours": lambda: reply_samples(model, tokenizer, scenarios, values, neurons, gains=True),
         },
     }
     return {name: compared(in_turn(runs, options.rounds, device=device), "bare") for name, runs in passes.items()}
@@ -118,13 +129,18 @@ def child(options: argparse.Namespace) -> dict[str, float]:
         for one in scenarios:
             bare_scenario(model, tokenizer, one)
     elif options.child == "scenarios":
-        collect(model, tokenizer, scenarios, values)
+        collect(model, tokenizer, scenarios, values, gains=True)
+    elif options.child == "bare replies":
+        for one in scenarios:
+            bare_replies(model, tokenizer, one)
+    elif options.child == "replies":
+        reply_samples(model, tokenizer, scenarios, values, some_neurons(model, len(values)), gains=True)
     elif options.child == "bare sensitivity":
         for _ in scenarios:
             bare_window(model, windows(model, tokenizer))
     else:
         samples = DRAWS * ROWS * len(scenarios)
-        fisher_samples(model, tokenizer, load_neutral_texts(), samples=samples, window=WINDOW, rows=ROWS)
+        fisher_samples(model, tokenizer, load_neutral_texts(), samples=samples, window=WINDOW, rows=ROWS, gains=True)
     spent = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": round(spent, 3), "model_bytes": alone, "peak_bytes": peak}
@@ -161,6 +177,7 @@ def on_paper(padded: dict[str, float], ratios: dict[str, float], share: float, v
     work = {
         "scenarios": count * parameters * (2 * padded["prompt_tokens"] + 4 * padded["reply_tokens"]),
         "sensitivity": SAMPLES / DRAWS * WINDOW * 6 * parameters,
+        "replies": REPLIES * parameters * (2 * padded["prompt_tokens"] + 6 * padded["reply_tokens"]),
     }
     rows = {}
     for name, operations in work.items():
@@ -173,8 +190,9 @@ def on_paper(padded: dict[str, float], ratios: dict[str, float], share: float, v
         }
     memory = {
         "weights": 2 * parameters,
-        "statistics": 8 * (3 * values + 3) * size,
-        "fisher_samples": 4 * SAMPLES * size,
+        "statistics": 8 * (4 * values + 3) * size,
+        "fisher_samples": 8 * SAMPLES * size,
+        "reply_samples": 16 * values * REPLIES * CANDIDATES,
     }
     return {
         "model": BIG,
@@ -204,7 +222,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join(map(str, cells))} | {over[0]:.3f} | {over[1]:.3f} |")
     kept = result["kept_bytes"]
     lines += ["", f"Statistics take {kept['statistics'] / 1e6:.0f} MB of that, {SAMPLES} Fisher samples would take "]
-    lines[-1] += f"{kept['fisher_samples'] / 1e6:.0f} MB."
+    lines[-1] += f"{kept['fisher_samples'] / 1e6:.0f} MB, and those of {REPLIES} scenarios' replies "
+    lines[-1] += f"{kept['reply_samples'] / 1e6:.0f} MB."
     pad = result["padding"]
     lines += ["", "## Padding", ""]
     lines += [
@@ -258,6 +277,7 @@ def main() -> None:
     few = options.scenarios
     runs = [("bare scenarios", few, 1), *(("scenarios", few * times, 1) for times in (1, 4, 16))]
     runs += [("bare sensitivity", few, 1), *(("sensitivity", few * times, 1) for times in (1, 4, 16))]
+    runs += [("bare replies", few, 1), *(("replies", few * times, 1) for times in (1, 4))]
     runs += [("scenarios", few * 4, 2)]
     if torch.device(options.device).type == "cuda" and torch.cuda.device_count() < 2:
         runs.pop()  # two processes need two GPUs
@@ -275,7 +295,8 @@ def main() -> None:
     operations = few * weights * (2 * here["prompt_tokens"] + 4 * here["reply_tokens"])
     reached = operations / (times["scenarios"]["bare"]["ms"]["median"] / 1000)
     sizes = [layer_sizes(module)[0] for module in find_down_projections(model).values()]
-    kept = {"statistics": 8 * (3 * 10 + 3) * sum(sizes), "fisher_samples": 4 * SAMPLES * sum(sizes)}
+    kept = {"statistics": 8 * (4 * 10 + 3) * sum(sizes), "fisher_samples": 8 * SAMPLES * sum(sizes)}
+    kept["reply_samples"] = 16 * 10 * REPLIES * CANDIDATES
     share = SHARE if options.peak is None else reached / options.peak
     result = {
         "model": options.model or "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -127,6 +127,15 @@ if typer is not None:
                 "unless named). Above 0, neurons are not chosen by a score, and none may be named."
             ),
         ] = None,
+        gains: Annotated[
+            bool | None,
+            typer.Option(
+                "--gains/--no-gains",
+                help="Edit neurons in proportion to their activation as well, so that dials do more at the same cost, or "
+                "by one constant per layer, which takes no time and fits into a control vector of llama.cpp. Default: "
+                "gains, from 100 scenarios on.",
+            ),
+        ] = None,
         gates: Annotated[
             bool,
             typer.Option(
@@ -223,6 +232,7 @@ if typer is not None:
                 neurons=neurons,
                 score=score or SCORE_NAMES[0],
                 leakage_penalty=(1.0 if score is None else 0.0) if leakage_penalty is None else leakage_penalty,
+                gains=gains,
                 layers=wanted_layers,
                 target_kl=target_kl,
                 value_system=definitions,
@@ -287,6 +297,10 @@ if typer is not None:
             title = f"Neuron map of {printable(found.base_model or 'an unnamed base model')}"
             console.print(title, markup=False, style="bold", soft_wrap=True)
             console.print(values_table(found))
+            if found.config.use_gain:
+                console.print(
+                    "With gains: an edit adds a shift and a multiple of the neuron's own activation.", soft_wrap=True
+                )
             console.print(layers_table(found))
             base = {key: item for key, item in (found.config.base or {}).items() if key != "fingerprint"}
             for title, content in (("Made by", found.config.provenance), ("Base model", base)):

@@ -111,6 +111,25 @@ def grouped_log_probs(
     Returns:
         `Iterator[torch.Tensor]`: For each group, float32 `[replies]`.
     """
+    for group, logits in zip(groups, grouped_logits(model, groups, prefix_grad=prefix_grad), strict=True):
+        replies, mask = group.replies.to(logits.device), group.mask.to(logits.device)
+        told = torch.gather(logits, 2, replies[:, :, None])[:, :, 0] - logits.logsumexp(-1)
+        yield (told * mask).sum(1) / mask.sum(1)
+
+
+def grouped_logits(
+    model: nn.Module, groups: Sequence[EncodedScenario], *, prefix_grad: bool = False
+) -> Iterator[torch.Tensor]:
+    """The logits that tell the tokens of replies. See [`grouped_log_probs`].
+
+    Args:
+        model (`nn.Module`): A causal language model of transformers, or one with adapters.
+        groups (`Sequence[EncodedScenario]`): The replies of each.
+        prefix_grad (`bool`): Whether gradients flow into the prompt too; for a single group.
+
+    Returns:
+        `Iterator[torch.Tensor]`: For each group, float32 `[replies, tokens, vocabulary]`.
+    """
     device = _device(model)
     prompt = groups[0].prompt.to(device)
     cache = DynamicCache(config=_text_config(model))
@@ -128,9 +147,7 @@ def grouped_log_probs(
             ids, seen = replies[:, :-1], attention[:, :-1]
             rest = model(input_ids=ids, attention_mask=seen, past_key_values=branch, use_cache=True)
             logits = torch.cat([logits, rest.logits], dim=1)
-        logits = logits.float()
-        told = torch.gather(logits, 2, replies[:, :, None])[:, :, 0] - logits.logsumexp(-1)
-        yield (told * mask).sum(1) / mask.sum(1)
+        yield logits.float()
 
 
 def scenario_log_probs(

@@ -76,12 +76,15 @@ def token_counts(scenario: Scenario, key: str) -> tuple[int, int]:
 
 
 @contextmanager
-def shifted(model: PreTrainedModel, module: torch.nn.Module, neuron: int, by: float, prompt: int) -> Iterator[None]:
-    """A neuron shifted by a constant at all tokens behind the prompt, in a batch of one."""
+def edited(
+    model: PreTrainedModel, module: torch.nn.Module, neuron: int, kind: str, by: float, prompt: int
+) -> Iterator[None]:
+    """A neuron shifted by a constant, or by so much of itself, at all tokens behind the prompt, in a batch of one."""
 
     def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = args[0].clone()
-        x.reshape(-1, x.shape[-1])[prompt:, neuron] += by
+        own = x.reshape(-1, x.shape[-1])[prompt:, neuron]
+        own += by * own if kind == "gain" else by
         return (x, *args[1:])
 
     handle = module.register_forward_pre_hook(hook)
@@ -121,15 +124,16 @@ def slow_activations(model: PreTrainedModel, scenario: Scenario) -> dict[str, to
 
 
 # Llama's norms compute in float32 whatever the model's dtype is, and OPT's ReLUs have kinks.
+@pytest.mark.parametrize("kind", ["shift", "gain"])
 @pytest.mark.parametrize(
     ("architecture", "step", "near"), [("llama", 1e-2, 1e-2), ("gpt2", 1e-4, 1e-5), ("opt", 1e-5, 1e-5)]
 )
-def test_the_gradient_is_that_of_a_real_shift_of_one_neuron_on_the_replies(
-    architecture: str, step: float, near: float
+def test_the_gradient_is_that_of_a_real_edit_of_one_neuron_on_the_replies(
+    architecture: str, step: float, near: float, kind: str
 ) -> None:
     model = tiny_reader(architecture).double()
     modules = find_down_projections(model)
-    statistics = collect(model, tiny_tokenizer(), SCENARIOS, VALUES)
+    statistics = collect(model, tiny_tokenizer(), SCENARIOS, VALUES, gains=kind == "gain")
     assert statistics.gradient.shape == SHAPE
     generator = torch.Generator().manual_seed(0)
     for row, value in enumerate(VALUES):
@@ -143,12 +147,12 @@ def test_the_gradient_is_that_of_a_real_shift_of_one_neuron_on_the_replies(
                     with torch.no_grad():
                         ends = []
                         for by in (-step, step):
-                            with shifted(model, module, neuron, by, prompt):
+                            with edited(model, module, neuron, kind, by, prompt):
                                 ends.append(slow_margin(model, scenario, value))
                     slopes.append((ends[1] - ends[0]) / (2 * step))
-                got = float(statistics.mean_gradient()[row, layer, neuron])
+                got = float(statistics.mean_gradients()[row, -1, layer, neuron])
                 assert got == pytest.approx(mean(slopes), rel=near, abs=near * 3e-4)
-                assert abs(got) > 1e-6
+                assert kind == "gain" or abs(got) > 1e-6
 
 
 @each_architecture
@@ -775,15 +779,31 @@ def test_the_other_passes_tell_their_progress_too() -> None:
         told.append(what)
         return items
 
-    identify(leakage_penalty=1.0, dose_scenarios=SCENARIOS[:1], gates=True, progress=progress)
+    identify(leakage_penalty=1.0, gains=True, dose_scenarios=SCENARIOS[:1], gates=True, progress=progress)
     assert list(dict.fromkeys(told)) == [
         "scenarios",
         "sensitivity",
+        "replies",
         "selection",
         "neutral text",
         "dose curves",
         "gates",
     ]
+
+
+def test_gains_are_found_from_enough_scenarios_on_or_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    balanced = {"leakage_penalty": 1.0, "samples": 64}
+    few, asked = identify(**balanced), identify(**balanced, gains=True)
+    assert not few.config.use_gain
+    assert not few.config.provenance["gains"]
+    assert asked.config.use_gain
+    assert any(bool((edits.gain != 0).any()) for edits in asked.modules.values() if edits.gain is not None)
+    monkeypatch.setattr("neva_hf.identify.pipeline._ENOUGH_FOR_GAINS", len(SCENARIOS))
+    many, refused = identify(**balanced), identify(**balanced, gains=False)
+    assert many.modules == asked.modules
+    assert refused.modules == few.modules
+    # Scores alone say nothing about gains.
+    assert not identify(gains=True).config.use_gain
 
 
 def test_a_map_carries_its_dose_curves_and_its_gates(tmp_path: Any) -> None:

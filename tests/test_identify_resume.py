@@ -32,13 +32,13 @@ from neva_hf.identify.parallel import processes
 
 def progress(items, what):
     for number, item in enumerate(items):
-        if what == "scenarios" and number == {kill_at}:
+        if what == {kill_in!r} and number == {kill_at}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield item
 
 found = identify_neurons(
     tiny_reader(), tiny_tokenizer(), SCENARIOS * 5, neurons=8, neutral_texts=TEXTS, leakage_penalty=1.0,
-    checkpoint={checkpoint!r}, progress=progress,
+    gains=True, dose_scenarios=SCENARIOS[:2], checkpoint={checkpoint!r}, progress=progress,
 )
 number, count = processes()
 Path({output!r} + f".{{number}}_of_{{count}}").touch()
@@ -109,12 +109,13 @@ def test_a_checkpoint_of_something_else_is_not_taken_up(change: str, tmp_path: P
     )
 
 
-def run(tmp_path: Path, output: str, *launcher: str, kill_at: int = -1) -> int:
+def run(tmp_path: Path, output: str, *launcher: str, kill_in: str = "", kill_at: int = -1) -> int:
     """Identifies in a process of its own, and returns how it ended."""
     script = tmp_path / f"{output}.py"
     script.write_text(
         SCRIPT.format(
             tests=str(Path(__file__).parent),
+            kill_in=kill_in,
             kill_at=kill_at,
             checkpoint=str(tmp_path / "pass"),
             output=str(tmp_path / output),
@@ -125,7 +126,8 @@ def run(tmp_path: Path, output: str, *launcher: str, kill_at: int = -1) -> int:
 
 
 def test_a_run_killed_by_the_system_ends_with_the_same_map_bit_for_bit(tmp_path: Path) -> None:
-    assert run(tmp_path, "killed", kill_at=12) == -signal.SIGKILL
+    for kill_in, kill_at in (("scenarios", 12), ("sensitivity", 40), ("replies", 5)):
+        assert run(tmp_path, "killed", kill_in=kill_in, kill_at=kill_at) == -signal.SIGKILL
     assert list(tmp_path.glob("pass.*"))
     assert run(tmp_path, "resumed") == 0
     for file in tmp_path.glob("pass.*"):
@@ -146,4 +148,10 @@ def test_two_processes_end_with_the_map_of_one(tmp_path: Path) -> None:
     one, two = (NeuronMap.from_pretrained(tmp_path / name) for name in ("one", "two"))
     assert one.state_dict().keys() == two.state_dict().keys()
     for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    for value, units in one.config.units.items():
+        assert two.config.units[value] == pytest.approx(units, rel=1e-3)
+        curves = [found.config.measurements["dose"]["curves"][value] for found in (one, two)]
+        assert curves[1]["kl"] == pytest.approx(curves[0]["kl"], rel=1e-2)
+        for seen, points in curves[0]["margins"].items():
+            assert curves[1]["margins"][seen] == pytest.approx(points, rel=1e-2, abs=1e-3)

@@ -486,7 +486,7 @@ def test_a_method_without_a_number_is_named_and_not_dropped_in_silence(tmp_path:
     written = " ".join(text.get_text() for text in figures[0].texts)
     assert "random at +1 (leakage (NLR))" in written
     method_bars(tmp_path / "b.png", points)
-    assert "not measured" in [text.get_text() for text in figures[1].axes[1].texts]
+    assert "n/a" in [text.get_text() for text in figures[1].axes[1].texts]
 
 
 def test_every_method_is_named_at_its_point(tmp_path: Path, figures: list[Any]) -> None:

@@ -101,7 +101,7 @@ def test_the_sums_of_two_halves_add_up_to_those_of_the_whole() -> None:
 def test_sums_with_and_without_probes_are_not_added() -> None:
     names = list(find_down_projections(tiny_reader()))
     for one, other in ((None, HIDDEN), (HIDDEN, None)):
-        with pytest.raises(NeVAError, match="with the sums for value probes and statistics without them"):
+        with pytest.raises(NeVAError, match="with the sums for value probes or gains and statistics without them"):
             Statistics.zeros(VALUES, names, D_FF, one).add(Statistics.zeros(VALUES, names, D_FF, other))
 
 

@@ -110,9 +110,7 @@ def _bars(axes: Any, order: Sequence[str], found: Any, end: tuple[float, float],
     best = (max(numbers) if measure.better == "more" else min(numbers)) if numbers else math.nan
     for place, (method, one) in enumerate(zip(order, found, strict=True)):
         if np.isnan(one[0]):
-            axes.text(
-                measure.neutral + 0.02 * span, place, "not measured", va="center", size=style.SMALL, color=style.SOFT
-            )
+            axes.text(measure.neutral + 0.02 * span, place, "n/a", va="center", size=style.SMALL, color=style.SOFT)
             continue
         shown = [min(max(number, low), high) for number in one]
         axes.barh(

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from neva_hf.dial import active_configs, neva_layers
 from neva_hf.errors import NeVAError
-from neva_hf.measure import Damage, Progress, damage, no_progress
+from neva_hf.measure import Damage, Item, Progress, damage, no_progress
+
+from .parallel import gathered, share
 
 TARGET_KL = 0.05
 # Beyond it answers of small models begin to repeat themselves (a rule of thumb: `neva evaluate --answers` measures it).
@@ -80,7 +82,7 @@ def calibrate(
     for count, rounds, tolerance in (_ROUGH, _FINE):
         for last in [False] * rounds + [True]:
             # What is measured last is what holds: no coefficient changes after it.
-            found = damage(model, tokenizer, spread(texts, count), rows, progress=progress)
+            found = _damage(model, tokenizer, spread(texts, count), rows, progress)
             factors = [_factor(one.kl, target_kl, value) for one, (value, _) in zip(found, ends, strict=True)]
             if last or all(abs(factor - 1) <= tolerance for factor in factors):
                 break
@@ -97,15 +99,15 @@ def calibrate(
     return Calibration(units=units, ranges=config.ranges, measured=measured)
 
 
-def spread(texts: Sequence[str], count: int) -> list[str]:
+def spread(texts: Sequence[Item], count: int) -> list[Item]:
     """So many texts, evenly over all of them: the shipped ones are sorted by kind.
 
     Args:
-        texts (`Sequence[str]`): The texts.
+        texts (`Sequence`): The texts, or scenarios.
         count (`int`): How many.
 
     Returns:
-        `list[str]`: All of them, if there are no more than `count`.
+        `list`: All of them, if there are no more than `count`.
 
     Example:
 
@@ -123,6 +125,17 @@ def check_target_kl(target_kl: float) -> None:
     """Raises a [`NeVAError`] if a divergence cannot be calibrated for."""
     if not 0 < target_kl < 5:
         raise NeVAError(f"`target_kl` must be between 0 and 5 nats per token, got {target_kl}.")
+
+
+def _damage(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    rows: Sequence[dict[str, float]],
+    progress: Progress[str],
+) -> list[Damage]:
+    """[`damage`], of which processes share the rows."""
+    return gathered(damage(model, tokenizer, texts, share(rows), progress=progress))
 
 
 def _check_reached(found: Sequence[Damage], ends: Sequence[tuple[str, int]], target_kl: float) -> None:
@@ -156,7 +169,7 @@ def _fluent_ranges(
 ) -> dict[str, list[float]]:
     """The strengths at which KL reaches `FLUENT_KL`, between probed ones on a line in log-log, down to a tenth."""
     rows = [{value: sign * strength} for strength in _PROBED_STRENGTHS for value, sign in ends]
-    found = damage(model, tokenizer, texts, rows, progress=progress)
+    found = _damage(model, tokenizer, texts, rows, progress)
     points = (1.0, *_PROBED_STRENGTHS)
     ranges: dict[str, list[float]] = {value: [0.0, 0.0] for value, _ in ends}
     for number, (value, sign) in enumerate(ends):

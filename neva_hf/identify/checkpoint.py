@@ -21,10 +21,12 @@ from .statistics import Statistics
 
 
 def checkpoint_key(model_name: str, scenarios: Sequence[Scenario], statistics: Statistics) -> str:
-    """What a checkpoint must agree in to be taken up: model, scenarios, values, layers, share of the work, and probes."""
+    """What a checkpoint must agree in to be taken up: model, scenarios, values, layers, share of work, and what is kept."""
     agreed = [model_name, scenarios_hash(scenarios), statistics.values, statistics.modules, list(processes())]
     if statistics.scatter is not None:
         agreed.append("probes")
+    if statistics.gain_gradient is not None:
+        agreed.append("gains")
     return json.dumps(agreed, ensure_ascii=False)
 
 

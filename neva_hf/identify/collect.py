@@ -2,7 +2,8 @@
 
 A reply's gradient comes from a probe: a vector of zeros per reply, added to a layer's activations at all the reply's
 tokens. The derivative of the reply's log-probability with respect to it is that of a constant shift, summed over the
-tokens by autograd, so there is nothing per token to keep. All replies of a scenario go through together after their
+tokens by autograd, so there is nothing per token to keep. (On request, a second one multiplies the activations and is
+added: its derivative is that of a gain.) All replies of a scenario go through together after their
 prompt was run once (in two groups, where lengths differ much); a backward pass serves every value. On request, sums for
 linear value probes are kept as well (of what the down projections write; see probe.py).
 """
@@ -40,7 +41,7 @@ class _Taps:
     """What the hooks share with the loop while one scenario runs: by layers, one tensor per group of replies."""
 
     mask: torch.Tensor | None = None
-    probes: dict[int, torch.Tensor] = field(default_factory=dict)
+    probes: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     means: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
     active: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
     sums: dict[int, list[torch.Tensor]] = field(default_factory=_lists)
@@ -55,7 +56,7 @@ class _Taps:
 
 
 @contextmanager
-def _tapped(modules: Sequence[nn.Module], outputs: bool) -> Iterator[_Taps]:
+def _tapped(modules: Sequence[nn.Module], outputs: bool, gains: bool) -> Iterator[_Taps]:
     taps = _Taps()
 
     def hook(layer: int, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -72,9 +73,8 @@ def _tapped(modules: Sequence[nn.Module], outputs: bool) -> Iterator[_Taps]:
         taps.active[layer].append((own > 0).sum(1) / mask.sum(1))
         taps.sums[layer].append(own.sum((0, 1)).double())
         taps.squares[layer].append(own.square().sum((0, 1)).double())
-        probe = torch.zeros(replies, 1, rows.shape[2], device=x.device, dtype=torch.float32, requires_grad=True)
-        taps.probes[layer] = probe
-        return ((rows + probe.to(rows.dtype)).reshape(x.shape),)
+        probed, taps.probes[layer] = with_probes(rows, gains)
+        return (probed.reshape(x.shape),)
 
     def output_hook(layer: int, output: torch.Tensor) -> None:
         if taps.mask is None or not torch.is_grad_enabled():
@@ -99,6 +99,25 @@ def _tapped(modules: Sequence[nn.Module], outputs: bool) -> Iterator[_Taps]:
             handle.remove()
 
 
+def with_probes(rows: torch.Tensor, gains: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Activations that can be differentiated by what is done to neurons, at all tokens of a row alike.
+
+    Args:
+        rows (`torch.Tensor`): `[rows, tokens, N]`.
+        gains (`bool`): Whether by gains too.
+
+    Returns:
+        `tuple[torch.Tensor, list[torch.Tensor]]`: The same numbers, and zeros `[rows, 1, N]` in float32: those that are
+            added to them, and with `gains` those that multiply them and are added.
+    """
+    probes = [
+        torch.zeros(rows.shape[0], 1, rows.shape[2], device=rows.device, dtype=torch.float32, requires_grad=True)
+        for _ in range(2 if gains else 1)
+    ]
+    probed = rows + probes[0].to(rows.dtype)
+    return (torch.addcmul(probed, rows, probes[1].to(rows.dtype)) if gains else probed), probes
+
+
 def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,6 +125,7 @@ def collect(
     values: Sequence[str],
     *,
     probes: bool = False,
+    gains: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every: int = 10,
     progress: Progress[Scenario] = no_progress,
@@ -120,6 +140,7 @@ def collect(
             held against.
         probes (`bool`): Whether to keep what value probes need (`written` and `scatter` of [`Statistics`], which says how
             much memory they take; each checkpoint takes as much of the disk).
+        gains (`bool`): Whether to keep what gains need (`gain_gradient` of [`Statistics`]).
         checkpoint (`Path`, *optional*): A file to write the sums to as they grow, and to go on from if it is there.
         checkpoint_every (`int`): After how many scenarios.
         progress ([`Progress`]): Shows how far it is.
@@ -144,14 +165,14 @@ def collect(
         raise NeVAError(
             f"The FFNs of this model have different sizes ({sizes}), which identification does not handle yet."
         )
-    statistics = Statistics.zeros(list(values), list(modules), sizes[0], hidden if probes else None)
+    statistics = Statistics.zeros(list(values), list(modules), sizes[0], hidden if probes else None, gains)
     mine = share(scenarios)
     path, key, done = None, "", 0
     if checkpoint is not None:
         path = checkpoint.with_name(f"{checkpoint.name}.{processes()[0]}")
         key = checkpoint_key(str(getattr(model, "name_or_path", "")), scenarios, statistics)
         done = read_checkpoint(path, statistics.tensors(), key)
-    with left_as_it_was(model), _tapped(list(modules.values()), probes) as taps:
+    with left_as_it_was(model), _tapped(list(modules.values()), probes, gains) as taps:
         model.requires_grad_(False).eval()
         for number, scenario in enumerate(progress(mine[done:], "scenarios"), start=done + 1):
             encoded = encode_replies(tokenizer, scenario)
@@ -204,18 +225,18 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
     if not rows:
         return
     device = next(model.parameters()).device
+    layers = range(len(statistics.modules))
     groups = length_groups(encoded, worth_of_a_pass(device))
     parts = [only(encoded, group) for group in groups]
-    gradients = []
+    gradients: list[list[tuple[torch.Tensor, ...]]] = []
     with torch.enable_grad():
         log_probs = grouped_log_probs(model, parts)
         for part in parts:
             # The last token of a reply is told by the one before it and runs through nothing itself.
             taps.mask = part.mask[:, 1:].to(device)
             total = next(log_probs).sum()
-            gradients.append(
-                torch.autograd.grad(total, [taps.probes[layer] for layer in range(len(statistics.modules))])
-            )
+            found = iter(torch.autograd.grad(total, [one for layer in layers for one in taps.probes[layer]]))
+            gradients.append([tuple(next(found) for _ in taps.probes[layer]) for layer in layers])
     # Back into the order of the replies.
     back = torch.tensor([number for group in groups for number in group]).argsort()
 
@@ -223,9 +244,11 @@ def _add_scenario(model: nn.Module, encoded: EncodedScenario, taps: _Taps, stati
         return torch.cat(tensors).double().cpu()[back]
 
     table = torch.tensor([weights[number] for number in rows], dtype=torch.float64)
-    for layer in range(len(statistics.modules)):
+    for layer in layers:
         means = of_replies(taps.means[layer])
-        statistics.gradient[rows, layer] += table @ of_replies([one[layer][:, 0] for one in gradients])
+        for kind, sums in enumerate((statistics.gradient, statistics.gain_gradient)):
+            if sums is not None:
+                sums[rows, layer] += table @ of_replies([one[layer][kind][:, 0] for one in gradients])
         statistics.difference[rows, layer] += table @ means
         statistics.activity[rows, layer] += table @ of_replies(taps.active[layer])
         statistics.spread[layer] += means.var(0)

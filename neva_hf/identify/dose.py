@@ -26,6 +26,8 @@ from neva_hf.measure import Progress, damage, margins, no_progress, scenario_log
 from neva_hf.scenarios import Scenario, scenario_values
 from neva_hf.strengths import MAX_STRENGTH, no_range_warnings, unknown_value_message
 
+from .parallel import gathered, share
+
 STRENGTHS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 
 LogProbs = dict[str, float]
@@ -57,7 +59,7 @@ def dose_curves(
 
     Every scenario is run once at strength 0 and once per value and strength, every text once per value with all strengths
     as rows of a batch. What is set on the model does not matter and is not changed. Strengths beyond a value's fluent
-    range are measured like all others, without a warning.
+    range are measured like all others, without a warning. Under `accelerate launch` the processes share the runs.
 
     Args:
         model (`nn.Module`): A model with one active NeVA adapter.
@@ -107,16 +109,22 @@ def dose_curves(
     edited: dict[tuple[str, float], list[LogProbs]] = {setting: [] for setting in settings}
     divergence = dict.fromkeys(settings, 0.0)
     tokens = dict.fromkeys(config.values, 0)
+
+    def run(value: str, strength: float, what: Any) -> list[Any]:
+        if not isinstance(what, Scenario):
+            return damage(model, tokenizer, [what], [{value: strength} for strength in strengths])
+        with dialled(model, {value: strength} if value else {}):
+            return scenario_log_probs(model, tokenizer, [what])
+
     with no_range_warnings():
-        for value, strength, what in progress(runs, "dose curves"):
-            if isinstance(what, Scenario):
-                with dialled(model, {value: strength} if value else {}):
-                    (edited[value, strength] if value else base).extend(scenario_log_probs(model, tokenizer, [what]))
-                continue
-            found = damage(model, tokenizer, [what], [{value: strength} for strength in strengths])
-            tokens[value] += found[0].tokens
-            for strength, one in zip(strengths, found, strict=True):
-                divergence[value, strength] += one.kl * one.tokens
+        results = gathered([run(*one) for one in progress(share(runs), "dose curves")])
+    for (value, strength, what), found in zip(runs, results, strict=True):
+        if isinstance(what, Scenario):
+            (edited[value, strength] if value else base).extend(found)
+            continue
+        tokens[value] += found[0].tokens
+        for at, one in zip(strengths, found, strict=True):
+            divergence[value, at] += one.kl * one.tokens
 
     curves: dict[str, Any] = {}
     for value in config.values:

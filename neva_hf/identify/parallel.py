@@ -7,7 +7,7 @@ process runs the same program; alone, a process gets all of the work and sums st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -51,6 +51,32 @@ def add_up(tensors: Sequence[torch.Tensor]) -> None:
         moved = tensor.to(device)
         torch.distributed.all_reduce(moved)
         tensor.copy_(moved)
+
+
+def gathered(found: Sequence[Item]) -> list[Item]:
+    """What all processes found for their [`share`] of some items, in the order of the items.
+
+    Args:
+        found (`Sequence`): One result for each item of this process's share; anything that can be pickled.
+
+    Returns:
+        `list`: One result for each item, the same list in every process.
+
+    Example:
+
+    ```py
+    >>> from neva_hf.identify.parallel import gathered, share
+    >>> gathered([one * 2 for one in share([1, 2, 3])])
+    [2, 4, 6]
+    ```
+    """
+    count = processes()[1]
+    if count == 1:
+        return list(found)
+    parts: list[Any] = [None] * count
+    _state()
+    torch.distributed.all_gather_object(parts, list(found))
+    return [parts[number % count][number // count] for number in range(sum(map(len, parts)))]
 
 
 def _state() -> PartialState:

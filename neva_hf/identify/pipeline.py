@@ -28,12 +28,13 @@ from neva_hf.neuron_map import NeuronMap
 from neva_hf.scenarios import Scenario, load_neutral_texts, load_scenarios, scenario_values, scenarios_hash
 from neva_hf.values import ValueSystem
 
-from .balance import balanced_neurons
+from .balance import balanced_neurons, candidates
 from .calibrate import TARGET_KL, calibrate, spread
 from .collect import collect, left_as_it_was
 from .dose import dose_curves
 from .gate import train_gates
 from .probe import with_logits_per_unit
+from .replies import reply_samples
 from .score import SCORES, Scored, probe
 from .select import build_map, check_request, middle_layers, top_neurons
 from .sensitivity import fisher_samples
@@ -41,6 +42,8 @@ from .statistics import Statistics
 
 # Texts that the divergence in dose curves is measured on.
 _DOSE_TEXTS = 6
+# How many scenarios gains are found in unless asked for: from few ones they are learned by heart.
+_ENOUGH_FOR_GAINS = 100
 
 
 def identify_neurons(
@@ -52,6 +55,7 @@ def identify_neurons(
     neurons: int = 500,
     score: str | Callable[[Statistics], Scored] = "attribution",
     leakage_penalty: float = 1.0,
+    gains: bool | None = None,
     layers: Sequence[int] | None = None,
     neutral_texts: Sequence[str] | None = None,
     target_kl: float = TARGET_KL,
@@ -80,6 +84,12 @@ def identify_neurons(
             What a shift of the other values' margins costs: neurons and shifts are chosen together so that the margin
             rises, the others stay where they are, and the KL divergence is small (see [`balanced_neurons`]). It takes
             another pass over the neutral texts. 0 takes the neurons with the highest scores, shifted as they are scored.
+        gains (`bool`, *optional*):
+            With a `leakage_penalty` above 0: whether neurons are edited in proportion to their activation as well
+            (`x + s * (shift + gain * x)`). With many scenarios that moves the target further at the same cost, with few
+            ones less far (SmolLM2-135M-Instruct: 198 against 24), so `None` decides by their number. It takes another pass
+            over the scenarios. Without gains, an edit is one constant per layer: it takes no time, and llama.cpp's control
+            vectors can hold it.
         layers (`Sequence[int]`, *optional*): The layers that take part; from 20% to 95% of the depth when `None`.
         neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
         target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.
@@ -134,6 +144,8 @@ def identify_neurons(
     if not 1 <= samples <= 1_000_000:
         raise NeVAError(f"`samples` must be a whole number from 1 to a million, got {samples!r}.")
 
+    gains = leakage_penalty > 0 and (len(scenarios) >= _ENOUGH_FOR_GAINS if gains is None else gains)
+
     # Values that are not asked for are kept still as well.
     heard = [value for value in scenario_values(scenarios) if value not in values] if leakage_penalty > 0 else []
     statistics = collect(
@@ -143,24 +155,43 @@ def identify_neurons(
         [*values, *heard],
         checkpoint=None if checkpoint is None else Path(checkpoint),
         probes=scoring is probe and leakage_penalty == 0,
+        gains=gains,
         progress=progress,
     )
     if leakage_penalty > 0:
+
+        def beside(name: str) -> Path | None:
+            return None if checkpoint is None else Path(f"{os.fspath(checkpoint)}.{name}")
+
         drawn = fisher_samples(
             model,
             tokenizer,
             texts,
             samples=samples,
             seed=seed,
-            checkpoint=None if checkpoint is None else Path(f"{os.fspath(checkpoint)}.fisher"),
+            gains=gains,
+            checkpoint=beside("fisher"),
             progress=progress,
         )
-        chosen, shift = balanced_neurons(
-            statistics, drawn, len(values), neurons, leakage_penalty, layers, progress=progress
+        own = None
+        if gains:
+            own = reply_samples(
+                model,
+                tokenizer,
+                scenarios,
+                values,
+                candidates(statistics, drawn, len(values), neurons, leakage_penalty, layers),
+                seed=seed,
+                gains=True,
+                checkpoint=beside("replies"),
+                progress=progress,
+            )
+        chosen, edits = balanced_neurons(
+            statistics, drawn, len(values), neurons, leakage_penalty, layers, own, progress=progress
         )
     else:
         scored = scoring(with_logits_per_unit(model, statistics) if scoring is probe else statistics)
-        chosen, shift = top_neurons(scored.score, neurons, layers), scored.shift
+        chosen, edits = top_neurons(scored.score, neurons, layers), scored.shift
     config = NeVAConfig(
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
         values=values,
@@ -176,7 +207,7 @@ def identify_neurons(
             "scenarios": len(scenarios),
             "scenarios_sha256": scenarios_hash(scenarios),
             "neutral_texts": len(texts),
-            **({"samples": samples} if leakage_penalty > 0 else {}),
+            **({"samples": samples, "gains": gains} if leakage_penalty > 0 else {}),
             "seed": seed,
             "base_revision": getattr(model.config, "_commit_hash", None),
             "versions": {
@@ -187,7 +218,7 @@ def identify_neurons(
             },
         },
     )
-    neuron_map = build_map(shift, chosen, statistics.modules, config)
+    neuron_map = build_map(edits, chosen, statistics.modules, config)
     neuron_map = calibrated(
         model,
         tokenizer,

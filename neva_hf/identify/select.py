@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -78,22 +79,24 @@ def top_neurons(score: torch.Tensor, neurons: int, layers: Sequence[int]) -> tor
     return chosen.reshape(values, depth, width)
 
 
-def build_map(shifts: torch.Tensor, chosen: torch.Tensor, modules: Sequence[str], config: NeVAConfig) -> NeuronMap:
-    """Lays chosen neurons and their shifts out as a map.
+def build_map(edits: torch.Tensor, chosen: torch.Tensor, modules: Sequence[str], config: NeVAConfig) -> NeuronMap:
+    """Lays chosen neurons and what is done to them out as a map.
 
     Args:
-        shifts (`torch.Tensor`): How to shift neurons, float32 `[V, L, N]`.
+        edits (`torch.Tensor`): How to shift neurons, float32 `[V, L, N]`, or shifts and gains, `[V, 2, L, N]`.
         chosen (`torch.Tensor`): Bool `[V, L, N]`.
         modules (`Sequence[str]`): The down projection of each layer.
-        config ([`NeVAConfig`]): The map's config; its modules and counts are filled in.
+        config ([`NeVAConfig`]): The map's config; its modules and counts are filled in, and whether it has gains.
 
     Returns:
-        [`NeuronMap`]: With these shifts.
+        [`NeuronMap`]: With these edits.
     """
-    edits = {}
+    parts = edits.unbind(1) if edits.ndim == 4 else [edits]
+    made = {}
     for layer, module in enumerate(modules):
         index = chosen[:, layer].any(0).nonzero()[:, 0]
         if len(index):
-            shift = torch.where(chosen[:, layer, index], shifts[:, layer, index], 0.0)
-            edits[module] = ModuleEdits(index=index.to(torch.int32), shift=shift.float().contiguous())
-    return NeuronMap(config, edits)
+            own = chosen[:, layer, index]
+            found = [torch.where(own, part[:, layer, index], 0.0).float().contiguous() for part in parts]
+            made[module] = ModuleEdits(index.to(torch.int32), *found)
+    return NeuronMap(replace(config, use_gain=len(parts) == 2), made)

@@ -19,7 +19,7 @@ class Statistics:
 
     What the value probes need is kept only where it was asked for, since it is most of the memory by far: the bytes are
     `8 * V * L * H + 4 * L * H^2` with `H` the hidden size (40 MB for 30 layers of 576, 2.1 GB for 32 layers of 4096), next
-    to `8 * (3 * V + 3) * L * N` of all the others.
+    to `8 * (3 * V + 3) * L * N` of all the others, and `8 * V * L * N` for gains.
 
     Args:
         values (`list[str]`): The values.
@@ -36,6 +36,8 @@ class Statistics:
         square (`torch.Tensor`): `[L, N]`: sum over replies' tokens of its square.
         tokens (`torch.Tensor`): `[]`: the number of those tokens.
         scenarios (`torch.Tensor`): `[]`: the number of scenarios.
+        gain_gradient (`torch.Tensor`, *optional*): `[V, L, N]`: like `gradient`, with respect to a gain: a multiple of the
+            neuron's own activation that is added to it at every token.
         written (`torch.Tensor`, *optional*): `[V, L, H]`: the sum of the contrast of what the down projection writes in
             the mean over a reply's tokens.
         scatter (`torch.Tensor`, *optional*): Float32 `[L, H, H]`: the sum over scenarios of the covariance, between
@@ -56,12 +58,15 @@ class Statistics:
     square: torch.Tensor
     tokens: torch.Tensor
     scenarios: torch.Tensor
+    gain_gradient: torch.Tensor | None = None
     written: torch.Tensor | None = None
     scatter: torch.Tensor | None = None
     logit_per_unit: torch.Tensor | None = field(default=None, metadata={"sum": False})
 
     @classmethod
-    def zeros(cls, values: list[str], modules: list[str], neurons: int, hidden: int | None = None) -> Statistics:
+    def zeros(
+        cls, values: list[str], modules: list[str], neurons: int, hidden: int | None = None, gains: bool = False
+    ) -> Statistics:
         """Statistics of no scenario.
 
         Args:
@@ -69,6 +74,7 @@ class Statistics:
             modules (`list[str]`): The down projections, one per layer.
             neurons (`int`): How many inputs each has.
             hidden (`int`, *optional*): How many outputs each has, to keep what value probes need; `None` keeps none of it.
+            gains (`bool`): Whether to keep what gains need.
 
         Returns:
             [`Statistics`]: Zeros.
@@ -91,6 +97,7 @@ class Statistics:
             square=zero(*shape),
             tokens=zero(),
             scenarios=zero(),
+            gain_gradient=zero(*values_shape) if gains else None,
             written=None if hidden is None else zero(len(values), len(modules), hidden),
             scatter=None if hidden is None else torch.zeros(len(modules), hidden, hidden),
         )
@@ -99,14 +106,14 @@ class Statistics:
         """Adds the sums of another pass over other scenarios, in place.
 
         Raises:
-            `NeVAError`: If they are of other values or another model, or one of the two has nothing for probes.
+            `NeVAError`: If they are of other values or another model, or one of the two has nothing for probes or gains.
         """
         if (self.values, self.modules) != (other.values, other.modules):
             raise NeVAError("Only statistics of the same values in the same model can be added up.")
         mine, theirs = self.tensors(), other.tensors()
         if mine.keys() != theirs.keys():
             raise NeVAError(
-                "Statistics with the sums for value probes and statistics without them cannot be added up."
+                "Statistics with the sums for value probes or gains and statistics without them cannot be added up."
             )
         for name, tensor in mine.items():
             tensor += theirs[name]
@@ -121,6 +128,11 @@ class Statistics:
     def mean_gradient(self) -> torch.Tensor:
         """`[V, L, N]` float32: derivative of the margin with respect to a shift, in nats per token."""
         return (self.gradient / self.count.clamp(min=1)[:, None, None]).float()
+
+    def mean_gradients(self) -> torch.Tensor:
+        """`[V, parts, L, N]` float32: [`mean_gradient`], and behind it that with respect to a gain where it is kept."""
+        kept = [self.gradient] if self.gain_gradient is None else [self.gradient, self.gain_gradient]
+        return (torch.stack(kept, dim=1) / self.count.clamp(min=1)[:, None, None, None]).float()
 
     def mean_difference(self) -> torch.Tensor:
         """`[V, L, N]` float32: mean activation in the value's replies minus that in the competing ones."""
