@@ -7,12 +7,22 @@ from typing import Any
 
 from .card_text import escape, is_repo_id, table
 from .errors import NeVAError
+from .export.gguf import ARCHITECTURES
 from .map_files import natural_order
 from .neuron_map import NeuronMap
 from .values import ValueSystem
 
 _BAR = 24
 _MOST_NOTES = 60
+# What a search notes down, in words that a reader knows.
+_NOTES = {
+    "layers": "layers searched",
+    "neurons": "neurons per value",
+    "neutral texts": "neutral texts for the cost",
+    "samples": "samples of the cost (Fisher)",
+    "scenarios": "scenarios fitted on",
+    "target kl": "KL divergence at strength 1 (nats per token)",
+}
 # Words in a base model's name that say that it was trained to chat.
 _CHATS = ("instruct", "chat", "-it")
 
@@ -127,12 +137,13 @@ model.generate(**inputs, strengths={{"{first}": {strength}}})
 def _without(neuron_map: NeuronMap, source: str | None, name: object, value: str, strength: str) -> str:
     if neuron_map.config.use_gate:
         return "This map has gates: what it adds depends on each token, so it needs neva-hf, and nothing else can hold it."
-    if neuron_map.config.use_gain:
-        return (
-            "This map has gains, which a stock PEFT adapter cannot hold. Without neva-hf it runs as a whole model, at "
-            "strengths that are fixed once: "
-            f"`neva export merge {source or 'USER/MAP'} my-model --strengths {value}={strength}`."
-        )
+    is_exact = (neuron_map.config.base or {}).get("model_type") in ARCHITECTURES
+    vector = (
+        "`neva export gguf` writes a control vector for llama.cpp"
+        + (", and a LoRA adapter beside it that holds the gains." if neuron_map.config.use_gain else ".")
+        if is_exact
+        else "A control vector for llama.cpp is not known to be exact on this architecture."
+    )
     return f"""\
 Without neva-hf, at strengths that are fixed once (`pip install "neva-hf[cli]"` where that is done):
 
@@ -141,10 +152,15 @@ neva export stock {source or "USER/MAP"} my-adapter --strengths {value}={strengt
 ```
 
 ```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{name}")
 model = PeftModel.from_pretrained(base, "my-adapter")  # PEFT alone, nothing of neva-hf
 ```
 
-`neva export merge` writes it into a whole model, `neva export gguf` a control vector for llama.cpp, where that is exact."""
+`neva export merge` writes it into a whole model, where its architecture can hold it (Llama can, Gemma and Qwen cannot).
+{vector}"""
 
 
 def values(neuron_map: NeuronMap) -> str:
@@ -177,7 +193,10 @@ def values(neuron_map: NeuronMap) -> str:
                     + ". `set_strengths({})` puts them back to 0."
                 ]
                 if start
-                else ["KL: nats per token. Loading the map turns nothing; all dials start at 0."]
+                else [
+                    "KL: nats per token, on the texts that the strengths were calibrated on. Loading the map turns "
+                    "nothing; all dials start at 0."
+                ]
             ),
         ]
     )
@@ -193,15 +212,24 @@ def neurons(neuron_map: NeuronMap) -> str:
     ]
     heads = table(["down projection", "edited inputs", ""], rows).split("\n")
     heads[1] = "| --- | ---: | --- |"
-    return "All values together; a neuron that several values edit counts once.\n\n" + "\n".join(heads)
+    gains = " An edit is a shift and a gain: a multiple of the neuron's own activation that is added to it."
+    return (
+        "All values together; a neuron that several values edit counts once."
+        f"{gains if neuron_map.config.use_gain else ''}\n\n" + "\n".join(heads)
+    )
 
 
 def provenance(neuron_map: NeuronMap, license: str | None = None) -> str:
     """Where the map comes from, in its own words, and the terms that it is given under."""
     config = neuron_map.config
     # The samples of weights that a map knows its base by say nothing to a reader.
-    base = {key: fact for key, fact in (config.base or {}).items() if not isinstance(fact, Mapping)}
-    told = [("base model", neuron_map.base_model or "unnamed"), *_flat(base), *_flat(config.provenance)]
+    base = {
+        key: fact
+        for key, fact in (config.base or {}).items()
+        if not isinstance(fact, Mapping) and (key, fact) != ("name", neuron_map.base_model)
+    }
+    notes = [(_NOTES.get(key, key), item) for key, item in _flat(config.provenance)]
+    told = [("base model", neuron_map.base_model or "unnamed"), *_flat(base), *notes]
     rows = [[escape(key, 60), escape(item)] for key, item in told]
     lines = [table(["what", "as the map says"], rows[:_MOST_NOTES], 2)]
     if len(rows) > _MOST_NOTES:

@@ -22,6 +22,20 @@ DATASET = "neva-scenarios"
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}\.png")
 _FIRST_PICTURES = ("value_circle_plus", "leakage_matrix_plus")
 _TERMS = ("target shift", "CSR", "NLR", "NGLR", "own / other", "KL", "perplexity")
+# Names in tables -> what they are short for, and the paper on arXiv.
+_METHODS = {
+    "CAA": ("contrastive activation addition", "2312.06681"),
+    "RepE": ("representation engineering", "2310.01405"),
+    "ConVA": ("controlled value vector activation", "2507.11316"),
+    "CNA": ("contrastive neuron attribution", "2605.12290"),
+    "NPTI": ("neuron-based personality trait induction", "2410.12327"),
+    "DPN-LE": ("dual personality neuron localization and editing", "2604.27929"),
+}
+# Or a reader takes an interval that lies beside its number for a mistake.
+_BIAS = (
+    "Leakage adds up rises alone, so noise reads as leakage, and a sample drawn from the questions is noisier than they "
+    "are: the intervals of NLR, NGLR and own / other lie on the unfavourable side, and may leave the number itself out."
+)
 
 
 def check_report(report: Mapping[str, Any], neuron_map: NeuronMap) -> None:
@@ -87,7 +101,11 @@ def results(report: Mapping[str, Any], dataset: str | None = None) -> list[EvalR
             side = _plain(side)
             measured = [
                 ("target_shift", f"Target margin shift at {side} (nats per token)", numbers["target"]),
-                ("csr_change", f"Change of the control success rate at {side}", numbers["csr_change"]),
+                (
+                    "csr_change",
+                    f"Change of the control success rate at {side} (share of choices)",
+                    numbers["csr_change"],
+                ),
                 ("nlr", f"Normalized leakage rate at {side}", numbers["nlr"]),
                 ("nglr", f"Normalized leakage rate by groups at {side}", (numbers["nglr"] or {}).get("all")),
                 ("kl", f"KL divergence on neutral text at {side} (nats per token)", numbers["damage"]["kl"]),
@@ -192,15 +210,19 @@ def _tables(report: Mapping[str, Any], pictures: Collection[str], prefix: str) -
         f"Each value was dialled alone. What the model finds likelier was measured on {int(scenarios['count'])} questions "
         f"that nothing was fitted on ({source}), "
         f"each with a reply for every value; the cost on {int(cost['texts'])} neutral texts. In brackets: 95% intervals "
-        "(bootstrap). At negative strengths a fall that was wanted counts as a rise.",
+        "(bootstrap). At negative strengths tables count a fall that was wanted as a rise; pictures show it as a fall.",
         *first,
         "### Control, leakage and damage",
         _overall(report, sides),
+        *_others(report),
         "\n".join(f"- **{term}**: {WORDS[term]}" for term in _TERMS if term in WORDS),
+        _BIAS,
+        *_wikitext(report, sides[0]),
         "### Value by value",
     ]
     for side, found in _ours(report).items():
-        parts += [f"At {escape(side, 8)}:", _by_value(found)]
+        turned = ", where falls count as rises" if side.startswith("-") else ""
+        parts += [f"At {escape(side, 8)}{turned}:", _by_value(found)]
     if isinstance(report.get("capability"), Mapping):
         parts += _capability(report)
     if rest := lines[len(first) :]:
@@ -215,7 +237,7 @@ def _overall(report: Mapping[str, Any], sides: Sequence[str]) -> str:
             found = method["strengths"][side]
             rows.append(
                 [
-                    "**this map**" if place == 0 else escape(name, 40),
+                    f"**this map** ({escape(name, 40)})" if place == 0 else escape(name, 40),
                     escape(side, 8),
                     ranged(found["target"], "+.3f"),
                     _rates(found),
@@ -226,19 +248,46 @@ def _overall(report: Mapping[str, Any], sides: Sequence[str]) -> str:
                     ranged(found["damage"]["perplexity_ratio"]),
                 ]
             )
-    return table(
-        ["method", "strength", "target shift", "CSR", "NLR", "NGLR", "own / other", "KL", "perplexity"], rows, 2
-    )
+    return table(["method", "at", "target shift", "CSR", "NLR", "NGLR", "own / other", "KL", "perplexity"], rows, 2)
+
+
+def _others(report: Mapping[str, Any]) -> list[str]:
+    """What the methods are that the map is compared with."""
+    others = list(report["methods"].items())[1:]
+    if not others:
+        return []
+    told = []
+    for name, method in others:
+        long, paper = _METHODS.get(name, ("", ""))
+        more = [
+            *([f"[{long}](https://arxiv.org/abs/{paper})"] if long else []),
+            *([] if method["scalable"] else ["cannot be scaled to that divergence"]),
+        ]
+        told.append(escape(name, 40) + (f" ({'; '.join(more)})" if more else ""))
+    return [f"Beside it, from the same scenarios and at the same KL divergence: {', '.join(told)}."]
+
+
+def _wikitext(report: Mapping[str, Any], side: str) -> list[str]:
+    """What it costs on text that is not the project's own, if that was measured."""
+    methods = (report.get("wikitext") or {}).get("methods")
+    if not methods:
+        return []
+    found = next(iter(methods.values()))
+    return [
+        f"On {int(found['tokens']):,} tokens of WikiText at {escape(side, 8)}, the mean over the dialled values: "
+        f"perplexity {shown(found['ratio'])} times the base model's ({shown(found['base_perplexity'], '.2f')}), KL "
+        f"divergence {shown(found['kl'])} nats per token."
+    ]
 
 
 def _by_value(found: Mapping[str, Any]) -> str:
     rows = [
         [
-            f"`{escape(value, 64)}`" if re.fullmatch(r"[a-z][a-z0-9_]*", value) else escape(value, 64),
+            _named(value),
             ranged(one["target"], "+.3f"),
             _rates(one),
             ranged(one["nlr"]),
-            f"{shown(one['largest_leak'], '+.3f')} {escape(one['largest_leak_at'] or '', 64)}".strip(),
+            f"{shown(one['largest_leak'], '+.3f')} {_named(one['largest_leak_at'] or '')}".strip(),
             ranged(found["damage"]["values"][value]["kl"]),
             ranged(found["damage"]["values"][value]["perplexity_ratio"]),
         ]
@@ -247,8 +296,14 @@ def _by_value(found: Mapping[str, Any]) -> str:
     return table(["value", "target shift", "CSR", "NLR", "largest leak", "KL", "perplexity"], rows)
 
 
+def _named(value: str) -> str:
+    """A value as code, in which nothing is escaped; or as text, if it is no name of a value."""
+    return f"`{value}`" if re.fullmatch(r"[a-z][a-z0-9_]{0,63}", value) else escape(value, 64)
+
+
 def _rates(found: Mapping[str, Any]) -> str:
-    return f"{shown(found['csr_before'][0], '.0%')} → {ranged(found['csr'], '.0%')}"
+    # (on one line: a table breaks anywhere else)
+    return f"{shown(found['csr_before'][0], '.0%')}&nbsp;→&nbsp;{ranged(found['csr'], '.0%')}"
 
 
 def _capability(report: Mapping[str, Any]) -> list[str]:
@@ -277,7 +332,18 @@ def _pictures(report: Mapping[str, Any], pictures: Collection[str], prefix: str)
         if name in pictures and _PICTURE.fullmatch(name)
     }
     order = sorted(told, key=lambda name: not name.startswith(_FIRST_PICTURES))
-    return [f"![{escape(told[name], 1500)}]({prefix}{name})" for name in order]
+    return [f"{_lead(report, name)}![{escape(told[name], 1500)}]({prefix}{name})" for name in order]
+
+
+def _lead(report: Mapping[str, Any], picture: str) -> str:
+    """A sentence on why a picture has other numbers than the tables, where it has."""
+    dose = report.get("dose")
+    if picture != "dose_curves.png" or not isinstance(dose, Mapping) or dose.get("source") != "the map":
+        return ""
+    return (
+        f"The curves over the strength were measured when the map was made, on {int(dose['scenarios'])} other questions "
+        f"and {int(dose['texts'])} other texts, so their numbers differ from those of the tables.\n\n"
+    )
 
 
 def _plain(text: object) -> str:

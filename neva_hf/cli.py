@@ -132,8 +132,7 @@ if typer is not None:
             typer.Option(
                 "--gains/--no-gains",
                 help="Edit neurons in proportion to their activation as well, so that dials do more at the same cost, or "
-                "by one constant per layer, which takes no time and fits into a control vector of llama.cpp. Default: "
-                "gains, from 100 scenarios on.",
+                "by one constant per layer, which takes no time in decoding. Default: gains, from 100 scenarios on.",
             ),
         ] = None,
         gates: Annotated[

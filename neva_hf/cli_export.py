@@ -53,7 +53,7 @@ def stock(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """A stock PEFT adapter: loads with PEFT alone."""
+    """A stock PEFT adapter (BEFT, or LoRA for gains): loads with PEFT alone."""
     _export("stock", neuron_map, output, strengths, base, dtype, force, as_json)
 
 
@@ -81,7 +81,7 @@ def gguf(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """A control vector for llama.cpp, for any GGUF of the same base model."""
+    """A control vector for llama.cpp, for any GGUF of the same base model; gains go into a LoRA adapter beside it."""
     _export("gguf", neuron_map, output, strengths, base, dtype, force, as_json)
 
 
@@ -161,4 +161,8 @@ def _tell(console: Console, made: Export, output: Path) -> None:
         "merge": f'load it with transformers alone: AutoModelForCausalLM.from_pretrained("{output}")',
         "gguf": f"llama-cli -m BASE.gguf --control-vector {output}",
     }
-    console.print(f"Saved to {output}. Next: {use[made.kind]}", markup=False, soft_wrap=True)
+    saved, command = str(output), use[made.kind]
+    if made.adapter is not None:
+        adapter = output.with_name(made.adapter.name)
+        saved, command = f"{output} and {adapter}, which belong together", f"{command} --lora {adapter}"
+    console.print(f"Saved to {saved}. Next: {command}", markup=False, soft_wrap=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
 _HEADINGS = ("only A", "both", "only B", "overlap", "rank corr.", "cosine")
+_GAIN_HEADINGS = ("gains: rank corr.", "cosine")
 
 
 def diff(
@@ -33,10 +34,10 @@ def diff(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what two neuron maps have in common: which neurons, per value and layer, and how they are shifted.
+    """Show what two neuron maps have in common: which neurons, per value and layer, and how they are edited.
 
     overlap: neurons in both over neurons in either. rank corr.: Spearman's, of the shifts of neurons in both. cosine: of
-    all shifts.
+    all shifts. Where both maps have gains, the same of their gains.
     """
     from .compare_maps import compare_maps
     from .console import command
@@ -185,15 +186,18 @@ def _table(title: str, what: str, rows: Iterable[tuple[str, Agreement]]) -> Tabl
 
     table = Table(title=title, title_justify="left")
     table.add_column(what, overflow="fold")
-    for heading in _HEADINGS:
+    rows = list(rows)
+    gains = any(one.gain_cosine is not None for _, one in rows)
+    for heading in _HEADINGS + (_GAIN_HEADINGS if gains else ()):
         table.add_column(heading, justify="right")
     for name, one in rows:
+        numbers = (one.spearman, one.cosine, *((one.gain_spearman, one.gain_cosine) if gains else ()))
         table.add_row(
             escape(printable(name)),
             str(one.neurons_a - one.shared),
             str(one.shared),
             str(one.neurons_b - one.shared),
             f"{one.overlap:.2f}",
-            *("-" if number is None else f"{number:+.2f}" for number in (one.spearman, one.cosine)),
+            *("-" if number is None else f"{number:+.2f}" for number in numbers),
         )
     return table

@@ -15,13 +15,16 @@ from .fingerprint import Verdict, verdict
 from .map_files import natural_order
 from .neuron_map import NeuronMap
 
+Edits = dict[int, tuple[float, float]]
+"""Edited neuron -> its shift and its gain, of one value in one module."""
+
 
 @dataclass(frozen=True)
 class Agreement:
     """How far two edits agree.
 
     Args:
-        neurons_a (`int`): Neurons that the first edits.
+        neurons_a (`int`): Neurons that the first edits, by a shift, a gain or both.
         neurons_b (`int`): Neurons that the second edits.
         shared (`int`): Neurons that both edit.
         overlap (`float`): Shared neurons over neurons in either, 0 to 1.
@@ -29,6 +32,9 @@ class Agreement:
             than three, or where all shifts of one are equal.
         cosine (`float`, *optional*): Of the two edits' shifts, over the neurons in either (0 where one leaves a neuron
             alone), -1 to 1; `None` where one has no shifts.
+        gain_spearman (`float`, *optional*): Rank correlation of the two gains of shared neurons, likewise; `None` also
+            where one has no gains.
+        gain_cosine (`float`, *optional*): Of the two edits' gains, likewise.
     """
 
     neurons_a: int
@@ -37,6 +43,8 @@ class Agreement:
     overlap: float
     spearman: float | None
     cosine: float | None
+    gain_spearman: float | None = None
+    gain_cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,15 +182,17 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     return None if size == 0 else max(-1.0, min(1.0, round(float(one @ two) / size, 12)))
 
 
-def _edits(neuron_map: NeuronMap, value: str) -> dict[str, dict[int, float]]:
-    """Module name -> edited neuron -> its shift."""
-    found: dict[str, dict[int, float]] = {}
+def _edits(neuron_map: NeuronMap, value: str) -> dict[str, Edits]:
+    """Module name -> edited neuron -> its shift and its gain."""
+    found: dict[str, Edits] = {}
     neurons = neuron_map.neurons(value)
     row = neuron_map.values.index(value)
     for name, kept in neurons.items():
         edits = neuron_map.modules[name]
-        shift = dict(zip(edits.index.tolist(), edits.shift[row].tolist(), strict=True))
-        found[name] = {neuron: shift[neuron] for neuron in kept.tolist()}
+        gain = torch.zeros_like(edits.shift) if edits.gain is None else edits.gain
+        both = zip(edits.shift[row].tolist(), gain[row].tolist(), strict=True)
+        parts = dict(zip(edits.index.tolist(), both, strict=True))
+        found[name] = {neuron: parts[neuron] for neuron in kept.tolist()}
     return found
 
 
@@ -190,24 +200,32 @@ def _either(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return sorted(ours.keys() | theirs.keys(), key=natural_order)
 
 
-def _agreement(pairs: Sequence[tuple[dict[int, float], dict[int, float]]]) -> Agreement:
+def _agreement(pairs: Sequence[tuple[Edits, Edits]]) -> Agreement:
     """Of one value in one module, or of several of both taken together."""
-    first, second, shared, either = [], [], 0, 0
-    product = 0.0
-    for ours, theirs in pairs:
-        both = ours.keys() & theirs.keys()
-        shared += len(both)
-        either += len(ours.keys() | theirs.keys())
-        for neuron in both:
-            first.append(ours[neuron])
-            second.append(theirs[neuron])
-            product += ours[neuron] * theirs[neuron]
-    sizes = [math.hypot(*(shift for pair in pairs for shift in pair[side].values())) for side in (0, 1)]
+    shared = sum(len(ours.keys() & theirs.keys()) for ours, theirs in pairs)
+    either = sum(len(ours.keys() | theirs.keys()) for ours, theirs in pairs)
+    ranks, cosine = _correlations(pairs, 0)
+    gain_ranks, gain_cosine = _correlations(pairs, 1)
     return Agreement(
         neurons_a=sum(len(ours) for ours, _ in pairs),
         neurons_b=sum(len(theirs) for _, theirs in pairs),
         shared=shared,
         overlap=shared / max(either, 1),
-        spearman=spearman(first, second),
-        cosine=None if 0.0 in sizes else max(-1.0, min(1.0, product / sizes[0] / sizes[1])),
+        spearman=ranks,
+        cosine=cosine,
+        gain_spearman=gain_ranks,
+        gain_cosine=gain_cosine,
     )
+
+
+def _correlations(pairs: Sequence[tuple[Edits, Edits]], part: int) -> tuple[float | None, float | None]:
+    """Rank correlation over shared neurons and cosine over all, of shifts (part 0) or of gains (part 1)."""
+    first, second = [], []
+    for ours, theirs in pairs:
+        for neuron in ours.keys() & theirs.keys():
+            first.append(ours[neuron][part])
+            second.append(theirs[neuron][part])
+    sizes = [math.hypot(*(one[part] for pair in pairs for one in pair[side].values())) for side in (0, 1)]
+    product = sum(one * two for one, two in zip(first, second, strict=True))
+    cosine = None if 0.0 in sizes else max(-1.0, min(1.0, product / sizes[0] / sizes[1]))
+    return spearman(first, second), cosine

@@ -236,6 +236,33 @@ def test_random_neurons_are_as_many_and_as_large_as_those_of_a_map() -> None:
     )
 
 
+def test_random_neurons_take_the_gains_of_a_map_along() -> None:
+    shared = evidence()
+    neuron_map = random_map(shared.model, gain=True, units={"power": [1.0, 2.0]})  # type: ignore[arg-type]
+    name, edits = next(iter(neuron_map.modules.items()))
+    assert edits.gain is not None
+    edits.shift[1, 0], edits.gain[1, 1] = 0, 0
+    method = random_neurons(shared, neuron_map=neuron_map)
+    counts = {value: sum(found.values()) for value, found in neuron_map.neuron_counts().items()}
+    assert method.notes["neurons"] == counts
+    module = shared.model.get_submodule(name)
+    # Of inputs 0 and 1 the module reads the shift, and the shift with the gain.
+    seen = []
+    with method.at([{"power": 1.0}]):
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        for given in (torch.zeros(1, 1, module.in_features), torch.ones(1, 1, module.in_features)):
+            module(given)
+        handle.remove()
+    shift = seen[0][0, 0]
+    gain = seen[1][0, 0] - 1 - shift
+    for found, part in ((shift, edits.shift), (gain, edits.gain)):
+        wanted = 2 * part[1][part[1] != 0].abs()
+        torch.testing.assert_close(
+            found[found.abs() > 1e-4].abs().sort().values, wanted.sort().values, atol=1e-4, rtol=1e-4
+        )
+    assert int(((shift != 0) | (gain.abs() > 1e-4)).sum()) == edits.index.numel()
+
+
 def test_random_neurons_follow_the_seed() -> None:
     model = tiny_reader()
     found = [random_neurons(evidence(model, seed=seed)) for seed in (0, 0, 1)]

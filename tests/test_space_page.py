@@ -62,7 +62,9 @@ def client(address: str) -> Client:
 
 def test_no_text_of_a_visitor_or_a_model_becomes_markup(engine: Engine) -> None:
     said = Said(NASTY, {"power": 1.0}, NASTY, f"{NASTY} more {NASTY}", True, NASTY)
-    neuron = insight.NeuronFacts("m", 0, 1, {"power": 0.1}, {"power": 1.0}, {"power": 1}, [NASTY], [NASTY])
+    neuron = insight.NeuronFacts(
+        "m", 0, 1, {"power": 0.1}, {"power": 0.0}, {"power": 1.0}, {"power": 1}, [NASTY], [NASTY]
+    )
     shown = [
         views.conversation(engine, [said]),
         views.sentence(NASTY),
@@ -153,6 +155,44 @@ def test_every_neuron_of_a_value_is_in_its_picture(engine: Engine) -> None:
     drawn = re.findall(r'data-module="([^"]*)" data-index="(\d+)"', html)
     assert drawn == [(one.module, str(index)) for one in found for index in one.index]
     assert html.count('tabindex="0"') == 1
+
+
+def facts(gain: float, shift: float = 0.25) -> insight.NeuronFacts:
+    return insight.NeuronFacts(
+        "m", 0, 1, {"power": shift}, {"power": gain}, {"power": 1.0}, {"power": 1}, ["a"], ["b"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "told"), [(0.234, "× 1.234"), (0.0, "× 1"), (-0.5, "× 0.5"), (-1.25, "× −0.25"), (0.0046, "× 1.005")]
+)
+def test_a_neuron_of_a_map_with_gains_says_what_its_activation_is_multiplied_by(gain: float, told: str) -> None:
+    html = views_map.neuron_facts(page_engine(gain=True), facts(gain))
+    assert f'<td><span class="nv-term">{told}</span> <span class="nv-term">+ 0.25</span></td>' in html
+    assert '<th scope="col">activation at +1</th>' in html
+    assert "the map does not say" in html
+
+
+def test_a_neuron_of_a_map_without_gains_speaks_of_none(engine: Engine) -> None:
+    told = views_map.neuron_facts(engine, facts(0.0))
+    grid = views_map.neuron_grid(engine, "power", insight.layers(engine, "power"))
+    assert not {"activation", "×", "gain"} & set(re.findall(r"[a-z]+|×", told + grid))
+    assert "with gains" not in page._about(engine)
+    assert "with gains" in page._about(page_engine(gain=True))
+
+
+def test_dots_grow_with_shift_and_gain_and_a_gain_alone_is_drawn_as_well() -> None:
+    engine = page_engine(gain=True)
+    found = [insight.LayerNeurons(0, "m", [1, 2, 3, 4], [0.5, -1.0, 0.0, 0.0], [2.0, 1.0, -2.0, 1.0], 64)]
+    html = views_map.neuron_grid(engine, "power", found)
+    dots = re.findall(r'nv-neuron (nv-up|nv-down)" cx="[^"]*" cy="[^"]*" r="([^"]*)"', html)
+    # Shares of the largest shift and gain: 0.5 + 1, 1 + 0.5, 0 + 1 and 0 + 0.5.
+    full, part, half = 2.2 + 4.3, 2.2 + 4.3 / 1.5, 2.2 + 4.3 / 3
+    assert [kind for kind, _ in dots] == ["nv-up", "nv-down", "nv-down", "nv-up"]
+    assert [float(radius) for _, radius in dots] == pytest.approx([full, full, part, half], abs=0.06)
+    assert 'aria-label="Layer 0, neuron 3, activation × −1, shift 0"' in html
+    assert "added up" in html
+    assert "without a shift" in html
 
 
 # -- what runs on a GPU ------------------------------------------------------------------------------------------------
@@ -270,6 +310,7 @@ def test_the_api_tells_of_values_neurons_and_costs(client: Client, engine: Engin
     first = client.predict("power", api_name="/neurons")[0]
     one = client.predict(first["module"], first["index"][0], api_name="/neuron")
     assert one["shift"]["power"] == pytest.approx(first["shift"][0])
+    assert (one["gain"]["power"], set(first["gain"])) == (0.0, {0.0})
     swept = client.predict("Hm?", "power", 0, 6, api_name="/sweep")
     assert [row["strength"] for row in swept] == [-2.5, -1.25, 0.0, 1.25, 2.5]
 

@@ -51,6 +51,15 @@ def test_the_program_prints_the_edited_answer_of_the_page(engine: Engine, questi
     assert turn.edited != turn.base
 
 
+def test_the_program_gives_the_page_s_answer_of_a_map_with_gains(tmp_path: Path) -> None:
+    _, neuron_map = saved(tmp_path, gain=True, units={"power": [0.5, 2.0]})
+    gained = Engine.load(str(neuron_map), device="cpu")
+    assert (
+        run(take_home.python(gained, DIALS, "What now?", 0, max_new_tokens=10)).strip()
+        == answer(gained, "What now?").edited
+    )
+
+
 def test_the_program_loads_another_base_model_where_the_page_did(tmp_path: Path) -> None:
     base, neuron_map = saved(tmp_path)
     (tmp_path / "copy").symlink_to(base)
@@ -145,7 +154,7 @@ def test_the_frozen_adapter_is_made_by_the_command(
     written = shell(code, "pip", "neva", "python")
     words = [line[1:-1] for line in written.splitlines() if line.startswith("<") and line != "<>"]
     words = words[words.index("export") :]
-    assert words[1] == ("merge" if gain else "stock")
+    assert words[1] == "stock"
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

@@ -196,7 +196,12 @@ def steering(model: nn.Module, values: Sequence[str], make: Callable[[torch.Tens
 
 
 def adding(
-    model: nn.Module, values: Sequence[str], vectors: Mapping[str, torch.Tensor], *, at_input: bool = False
+    model: nn.Module,
+    values: Sequence[str],
+    vectors: Mapping[str, torch.Tensor],
+    *,
+    gains: Mapping[str, torch.Tensor] | None = None,
+    at_input: bool = False,
 ) -> At:
     """Dials that add vectors at all positions: strength times vector, summed over values.
 
@@ -204,6 +209,8 @@ def adding(
         model (`nn.Module`): The model.
         values (`Sequence[str]`): The values.
         vectors (`Mapping[str, torch.Tensor]`): Module -> float32 `[values, features]`.
+        gains (`Mapping[str, torch.Tensor]`, *optional*): For the same modules, which multiples of what is there are added
+            besides, float32 `[values, features]`.
         at_input (`bool`): Whether they are added to what modules read, instead of what they write.
 
     Returns:
@@ -213,9 +220,18 @@ def adding(
     def added(total: torch.Tensor) -> Change:
         return lambda x, _: x + per_row(total, x)
 
+    def gained(total: torch.Tensor, gain: torch.Tensor) -> Change:
+        return lambda x, _: x + per_row(total, x) + per_row(gain, x) * x
+
     def make(table: torch.Tensor) -> list[Edit]:
-        totals = {name: table @ vector for name, vector in vectors.items()}
-        return [Edit(name, added(total), at_input) for name, total in totals.items() if bool(total.any())]
+        edits = []
+        for name, vector in vectors.items():
+            total, gain = table @ vector, None if gains is None else table @ gains[name]
+            if gain is not None and bool(gain.any()):
+                edits.append(Edit(name, gained(total, gain), at_input))
+            elif bool(total.any()):
+                edits.append(Edit(name, added(total), at_input))
+        return edits
 
     return steering(model, values, make)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from neva_hf.dial import active_configs, get_strengths, neva_layers, tables_for
 from neva_hf.errors import NeVAError
+from neva_hf.projection import columns, layer_sizes
 from neva_hf.strengths import Strengths, scale_by_units
 
 
@@ -123,22 +124,41 @@ def fixed_edits(model: nn.Module, strengths: Strengths) -> dict[str, FixedEdit]:
     return found
 
 
-def refuse_gains(edits: Mapping[str, FixedEdit], format_name: str) -> None:
-    """Raises if edits are more than shifts.
+def gain_factors(layer: nn.Module, edit: FixedEdit) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gains of an edit as a product of low rank, which is what a LoRA adapter holds.
+
+    With `g` the gains at fixed strengths and `W` the weight of the down projection, what they add to its output is
+    `W[:, index] @ diag(g) @ x[index]`: the first factor picks the neurons, the second is their columns times `g`.
 
     Args:
-        edits (`Mapping[str, FixedEdit]`): Module name -> edit.
-        format_name (`str`): What cannot hold gains, for the message.
+        layer (`nn.Module`): The down projection, without edits.
+        edit ([`FixedEdit`]): Its edit.
 
-    Raises:
-        `NeVAError`: If one scales neurons.
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Float32 `[k, d_ff]` of ones and zeros, and float32 `[hidden, k]`, both on the
+        CPU, for the `k` neurons whose gain is not 0; `k` is 0 where the edit only shifts.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from neva_hf.export.fixed import FixedEdit, gain_factors
+    >>> edit = FixedEdit(torch.zeros(2), torch.tensor([1.0, 1.5, 1.0]))
+    >>> pick, write = gain_factors(torch.nn.Linear(3, 2), edit)
+    >>> pick
+    tensor([[0., 1., 0.]])
+    >>> write.shape
+    torch.Size([2, 1])
+    ```
     """
-    scaled = [name for name, edit in edits.items() if edit.scale is not None]
-    if scaled:
-        raise NeVAError(
-            f"This map has gains: it scales neurons of {scaled[0]!r} and {len(scaled) - 1} more modules, which no "
-            f"constant can stand for, so {format_name} cannot hold it. Use `neva export merge`."
-        )
+    scale = torch.ones(layer_sizes(layer)[0]) if edit.scale is None else edit.scale
+    index = (scale != 1).nonzero()[:, 0]
+    pick = torch.zeros(len(index), len(scale))
+    pick[torch.arange(len(index)), index] = 1
+    if not len(index):
+        return pick, torch.zeros(len(edit.shift), 0)
+    write = columns(layer, index).to("cpu", torch.float32).T * (scale[index] - 1)
+    return pick, write.contiguous()
 
 
 def bare_twin(model: nn.Module) -> Any:

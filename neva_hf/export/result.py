@@ -28,18 +28,21 @@ class Export:
         path (`pathlib.Path`): The folder, or the file of a control vector.
         strengths (`dict[str, float]`): The strengths that it holds, without those of 0.
         check ([`Check`]): How near it comes to the live model.
+        adapter (`pathlib.Path`, *optional*): The LoRA adapter that goes with a control vector, for maps with gains.
     """
 
     kind: str
     path: Path
     strengths: dict[str, float]
     check: Check
+    adapter: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
             "kind": self.kind,
             "path": str(self.path),
+            "lora_adapter": None if self.adapter is None else str(self.adapter),
             "strengths": self.strengths,
             "largest_logit_difference": self.check.difference,
             "largest_logit_change_of_the_edit": self.check.effect,

@@ -1,7 +1,8 @@
 """A stock PEFT adapter for fixed strengths: it loads with PEFT alone.
 
 PEFT's method BEFT trains a vector that is added to the output of linear layers. A shift of the inputs of a down
-projection is such a vector, so an adapter of that type on the down projections holds an edit exactly.
+projection is such a vector, so an adapter of that type on the down projections holds an edit without gains exactly. One
+with gains is a LoRA adapter, see [`stock_lora`].
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import BeftConfig, PeftModel, TaskType
+import torch
+from peft import BeftConfig, PeftConfig, PeftModel, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from neva_hf.dial import active_configs
 from neva_hf.errors import NeVAError
@@ -26,9 +29,10 @@ from neva_hf.projection import innermost
 from neva_hf.strengths import Strengths
 
 from .check import reference
-from .fixed import FixedEdit, bare_twin, base_model, fixed_edits, fixed_strengths, refuse_gains
+from .fixed import FixedEdit, bare_twin, base_model, fixed_edits, fixed_strengths
 from .output import check_output_folder, new_folder
 from .result import Export, Origin, write_card, write_note
+from .stock_lora import lora_config, lora_tensors
 
 
 def export_stock(
@@ -44,8 +48,9 @@ def export_stock(
 ) -> Export:
     """Writes what a model does at fixed strengths as an adapter that PEFT loads by itself.
 
-    What was written is loaded with PEFT on the same base model and compared with the live model before it is put in
-    place.
+    It is a BEFT adapter where edits are shifts of linear layers, and a LoRA adapter where neurons have gains, or the down
+    projections are of GPT-2's kind (Conv1D), which BEFT does not take. What was written is loaded with PEFT on the same
+    base model and compared with the live model before it is put in place.
 
     Args:
         model ([`NeVAModel`] or `nn.Module`): A model with NeVA layers; it is not changed. Do not train it meanwhile.
@@ -61,8 +66,8 @@ def export_stock(
         [`Export`]: Where it is, and the largest difference of a logit.
 
     Raises:
-        `NeVAError`: For gains, gates, down projections that BEFT does not take (Conv1D), a folder that holds something,
-            or an export that is off.
+        `NeVAError`: For gates, down projections that PEFT's adapters do not take, a folder that holds something, or an
+            export that is off.
 
     Example:
 
@@ -76,24 +81,33 @@ def export_stock(
     folder = check_output_folder(output, force)
     kept = fixed_strengths(model, strengths)
     edits = fixed_edits(model, kept)
-    refuse_gains(edits, "a stock PEFT adapter")
     twin = bare_twin(model)
-    for name in edits:
-        kind = innermost(twin.get_submodule(name))
-        if not isinstance(kind, nn.Linear):
+    layers = {name: innermost(twin.get_submodule(name)) for name in edits}
+    for name, layer in layers.items():
+        if not isinstance(layer, (nn.Linear, Conv1D)):
             raise NeVAError(
-                f"{name!r} is a {type(kind).__name__}, and the stock method BEFT takes linear layers alone. Use "
-                "`neva export merge`, which writes the edit into the bias."
+                f"{name!r} is a {type(layer).__name__}, and PEFT's stock adapters are put on linear layers alone. Use "
+                "`neva export merge`, or keep the neuron map."
             )
+    transposed = [isinstance(layer, Conv1D) for layer in layers.values()]
+    lora = any(transposed) or any(edit.scale is not None for edit in edits.values())
     expected = reference(model, tokenizer, kept, prompts, tolerance)
     origin = Origin(source, base_name(model), kept)
     with new_folder(folder, force) as unfinished:
-        _write(unfinished, edits, _config(model, edits, origin.base_model))
+        about = _about(model, origin.base_model)
+        if lora:
+            tensors = lora_tensors(twin, edits)
+            config: PeftConfig = lora_config(tensors, transposed=all(transposed), **about)
+        else:
+            tensors = _tensors(edits)
+            config = BeftConfig(target_modules=sorted(edits), **about)
+        _write(unfinished, tensors, config)
         check = expected.check(
             _load(twin, unfinished), "The stock adapter", "Keep the neuron map, or use `neva export merge`."
         )
         write_note(unfinished, "stock", origin, check)
-        write_card(unfinished, "A value edit as a stock PEFT adapter", _USE, {"library_name": "peft"}, origin, check)
+        use = _USE.format(_LORA if lora else _BEFT)
+        write_card(unfinished, "A value edit as a stock PEFT adapter", use, {"library_name": "peft"}, origin, check)
     return Export("stock", folder, kept, check)
 
 
@@ -104,28 +118,32 @@ def base_name(model: nn.Module) -> str | None:
     return loaded or next((name for name in named if name), None)
 
 
-def _config(model: nn.Module, edits: Mapping[str, FixedEdit], base: str | None) -> BeftConfig:
+def _about(model: nn.Module, base: str | None) -> dict[str, Any]:
+    """What an adapter's config says, of whichever method it is."""
     revisions = [c.revision for c in active_configs(model).values() if c.base_model_name_or_path == base]
-    return BeftConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        revision=revisions[0] if revisions else None,
-        target_modules=sorted(edits),
-        inference_mode=True,
-    )
+    return {
+        "task_type": TaskType.CAUSAL_LM,
+        "base_model_name_or_path": base,
+        "revision": revisions[0] if revisions else None,
+        "inference_mode": True,
+    }
 
 
-def _write(folder: Path, edits: Mapping[str, FixedEdit], config: BeftConfig) -> None:
-    tensors = {f"{PREFIX}{name}.beft_bias": edit.shift[None].contiguous() for name, edit in edits.items()}
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    # A set would be written in another order every time.
-    replace(config, target_modules=sorted(edits)).save_pretrained(str(folder))
+def _tensors(edits: Mapping[str, FixedEdit]) -> dict[str, torch.Tensor]:
+    return {f"{PREFIX}{name}.beft_bias": edit.shift[None].contiguous() for name, edit in edits.items()}
+
+
+def _write(folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> None:
+    save_file(dict(tensors), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    # PEFT made a set of them, which would be written in another order every time.
+    replace(config, target_modules=sorted(config.target_modules)).save_pretrained(str(folder))
 
 
 def _load(base: Any, folder: Path) -> nn.Module:
     with warnings.catch_warnings():
         # That the adapter cannot be merged where the base has no bias; the card says so.
         warnings.filterwarnings("ignore", message="Detected that the base layer has no bias")
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")
         try:
             return PeftModel.from_pretrained(base, str(folder)).eval()
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -135,8 +153,11 @@ def _load(base: Any, folder: Path) -> nn.Module:
             ) from error
 
 
-_USE = """An edit of feed-forward neurons at fixed strengths, as a stock PEFT adapter (BEFT: a vector that is added to the
-output of the down projections). It needs PEFT 0.20 or newer, and nothing else:
+_BEFT = """Its method is BEFT, a
+vector that is added to the output of the down projections. It needs PEFT 0.20 or newer, and nothing else:"""
+_LORA = """Its method is LoRA with a
+bias, on the down projections. It needs PEFT 0.14 or newer, and nothing else:"""
+_USE = """An edit of feed-forward neurons at fixed strengths, as a stock PEFT adapter. {}
 
 ```py
 from peft import AutoPeftModelForCausalLM

@@ -88,8 +88,7 @@ def identify_neurons(
             With a `leakage_penalty` above 0: whether neurons are edited in proportion to their activation as well
             (`x + s * (shift + gain * x)`). With many scenarios that moves the target further at the same cost, with few
             ones less far (SmolLM2-135M-Instruct: 198 against 24), so `None` decides by their number. It takes another pass
-            over the scenarios. Without gains, an edit is one constant per layer: it takes no time, and llama.cpp's control
-            vectors can hold it.
+            over the scenarios. Without gains, an edit is one constant per layer, which takes no time in decoding.
         layers (`Sequence[int]`, *optional*): The layers that take part; from 20% to 95% of the depth when `None`.
         neutral_texts (`Sequence[str]`, *optional*): What to calibrate on; the shipped texts when `None`.
         target_kl (`float`): Mean KL divergence from the base model at strength 1, nats per token.

@@ -105,7 +105,7 @@ def endpoints(engine: Engine, jobs: Jobs, line: dict[str, Any]) -> None:
             value: One of `values`.
 
         Returns:
-            Per layer: its number, module, the neurons and what strength 1 adds to each.
+            Per layer: its number, module, the neurons, and what strength 1 adds to each: shift + gain * activation.
         """
         try:
             return [dict(vars(one)) for one in insight.layers(engine, value)]
@@ -113,14 +113,14 @@ def endpoints(engine: Engine, jobs: Jobs, line: dict[str, Any]) -> None:
             raise refused(error) from None
 
     def neuron(module: str, index: int) -> dict[str, Any]:
-        """Describes one neuron: its shift and rank for every value that edits it, and the tokens that it speaks for.
+        """Describes one neuron: its edit and rank for every value that edits it, and the tokens that it speaks for.
 
         Args:
             module: Its down projection, from `neurons`.
             index: Its number there.
 
         Returns:
-            Layer, shift, score and rank per value, promoted and suppressed tokens.
+            Layer, shift, gain, score and rank per value, promoted and suppressed tokens.
         """
         try:
             return dict(vars(jobs.look("", module, index)))

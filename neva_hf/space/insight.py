@@ -63,6 +63,7 @@ class LayerNeurons:
         module (`str`): Its down projection.
         index (`list[int]`): The neurons, ascending.
         shift (`list[float]`): What strength 1 adds to each.
+        gain (`list[float]`): Which multiple of its own activation strength 1 adds to each; 0 in a map without gains.
         size (`int`): How many neurons the layer has.
     """
 
@@ -70,6 +71,7 @@ class LayerNeurons:
     module: str
     index: list[int]
     shift: list[float]
+    gain: list[float]
     size: int = 0
 
 
@@ -77,12 +79,17 @@ class LayerNeurons:
 class NeuronFacts:
     """One neuron.
 
+    With gains, how much an edit writes depends on how active the neuron is, which a map does not hold. So its score
+    compares gains as if all neurons were equally active: the length of what its shift writes and of what its gain
+    writes, each as a share of the longest among the value's neurons, are added up.
+
     Args:
         module (`str`): Its down projection.
         layer (`int`): The number of the layer.
         index (`int`): Its number in the layer.
         shift (`dict[str, float]`): What strength 1 of each value that edits it adds to it.
-        score (`dict[str, float]`): How much that writes to the residual stream, as a share of what the value's strongest
+        gain (`dict[str, float]`): Which multiple of its own activation that adds besides; 0 in a map without gains.
+        score (`dict[str, float]`): How much both write to the residual stream, as a share of what the value's strongest
             neuron writes.
         rank (`dict[str, int]`): Its place among the value's neurons by that score; 1 is the strongest.
         promoted (`list[str]`): The tokens that it makes likelier when it is positive, most of all first.
@@ -93,6 +100,7 @@ class NeuronFacts:
     layer: int
     index: int
     shift: dict[str, float]
+    gain: dict[str, float]
     score: dict[str, float]
     rank: dict[str, int]
     promoted: list[str]
@@ -163,9 +171,10 @@ def layers(engine: Engine, value: str) -> list[LayerNeurons]:
         if not bool(touched.any()):
             continue
         order = edits.index[touched].argsort()
-        index, shift = edits.index[touched][order], edits.shift[row][touched][order] * _unit(engine, value)
+        index, unit = edits.index[touched][order].tolist(), _unit(engine, value)
+        shift, gain = ((part[row][touched][order] * unit).tolist() for part in _parts(edits))
         size = layer_sizes(engine.base.get_submodule(module))[0]
-        found.append(LayerNeurons(layer_number(module, position), module, index.tolist(), shift.tolist(), size))
+        found.append(LayerNeurons(layer_number(module, position), module, index, shift, gain, size))
     return found
 
 
@@ -190,7 +199,7 @@ def overlap(engine: Engine) -> list[list[float]]:
 
 
 def neuron(engine: Engine, module: str, index: int, tokens: int = 10) -> NeuronFacts:
-    """One neuron: how it is shifted, how much that writes, and which tokens it speaks for.
+    """One neuron: how it is edited, how much that writes, and which tokens it speaks for.
 
     The tokens are read straight off its column of the down projection, scaled as the final norm scales, through the
     unembedding. That shows what a late layer writes well, and what an early one writes hardly.
@@ -212,13 +221,13 @@ def neuron(engine: Engine, module: str, index: int, tokens: int = 10) -> NeuronF
     if edits is None or not places:
         raise NeVAError("This map does not edit that neuron.")
     touched = _touched(edits)[:, places[0]]
-    shift, score, rank = {}, {}, {}
+    shift, gain, score, rank = {}, {}, {}, {}
     written = _written(engine)
     for value in engine.values:
         row = _row(engine, value)
         if not bool(touched[row]):
             continue
-        shift[value] = float(edits.shift[row, places[0]]) * _unit(engine, value)
+        shift[value], gain[value] = (float(part[row, places[0]]) * _unit(engine, value) for part in _parts(edits))
         own = written[module][row, places[0]]
         strongest = max(float(one[row].max()) for one in written.values())
         score[value] = float(own) / strongest if strongest > 0 else 0.0
@@ -226,7 +235,7 @@ def neuron(engine: Engine, module: str, index: int, tokens: int = 10) -> NeuronF
     column = columns(engine.base.get_submodule(module), torch.tensor([index]))[0]
     promoted, suppressed = tokens_of(engine.base, engine.tokenizer, module, column, tokens)
     position = sorted(engine.map.modules, key=natural_order).index(module)
-    return NeuronFacts(module, layer_number(module, position), index, shift, score, rank, promoted, suppressed)
+    return NeuronFacts(module, layer_number(module, position), index, shift, gain, score, rank, promoted, suppressed)
 
 
 def layer_number(module: str, otherwise: int = 0) -> int:
@@ -248,15 +257,23 @@ _WRITTEN: WeakKeyDictionary[Engine, dict[str, torch.Tensor]] = WeakKeyDictionary
 
 
 def _written(engine: Engine) -> dict[str, torch.Tensor]:
-    """Module -> how much the shift of each value writes through each neuron, `[V, k]`. Made once per map."""
+    """Module -> how much each value writes through each neuron, `[V, k]`: see [`NeuronFacts`]. Made once per map."""
     found = _WRITTEN.get(engine)
     if found is None:
-        found = {}
+        both = {}
         for module, edits in engine.map.modules.items():
             lengths = columns(engine.base.get_submodule(module), edits.index).norm(dim=1).cpu()
-            found[module] = edits.shift.abs() * lengths
+            both[module] = torch.stack(_parts(edits)).abs() * lengths
+        longest = torch.stack([one.amax(-1) for one in both.values()]).amax(0)[..., None]
+        # (where a value has no gains, their part is 0 of 0)
+        found = {module: torch.where(longest > 0, one / longest, 0.0).sum(0) for module, one in both.items()}
         _WRITTEN[engine] = found
     return found
+
+
+def _parts(edits: ModuleEdits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shifts and gains, `[V, k]` each."""
+    return edits.shift, torch.zeros_like(edits.shift) if edits.gain is None else edits.gain
 
 
 def _touched(edits: ModuleEdits) -> torch.Tensor:

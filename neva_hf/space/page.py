@@ -30,7 +30,7 @@ _READY = "() => { document.body.dataset.neva = 'ready'; }"  # for whoever drives
 
 _HEADER = """<header class="nv-hero"><h1>Dial the values of a language model</h1>
 <p>Turn a value up or down on the circle, ask something, and read the same model's answer without and with the edit.
-A few hundred of its neurons are shifted while it writes; nothing is trained.</p></header>"""
+A few hundred of its neurons are edited while it writes; nothing is trained.</p></header>"""
 
 
 def build(engine: Engine, *, gpu: Decorator = no_gpu, maps: Sequence[str] = ()) -> gr.Blocks:
@@ -264,7 +264,7 @@ def _about(engine: Engine) -> str:
     return status(
         f"{engine.name}: {len(engine.values)} values ({engine.system.label}) on {engine.base_name}, "
         f"{sum(int(edits.index.numel()) for edits in engine.map.modules.values())} neurons, "
-        f"{'with' if engine.has_gate else 'without'} gates."
+        f"{'with gains, ' if engine.map.config.use_gain else ''}{'with' if engine.has_gate else 'without'} gates."
     )
 
 

@@ -180,22 +180,12 @@ def stock(
         return (
             "# This map has gates, which decide at every token: it needs neva-hf, and no other adapter can hold it.\n"
         )
-    kind, made_as = ("merge", "my-model") if engine.map.config.use_gain else ("stock", "my-adapter")
-    words = [made_as]
+    words = ["my-adapter"]
     words += ["--base", engine.base_name] if _other_base(engine) else []
     words += ["--strengths", ",".join(f"{name}={strength:g}" for name, strength in turned.items())]
-    command = f"neva export {kind} {_shell_map(engine)} {shlex.join(words)}"
-    made = f'pip install "neva-hf[cli]"\n{_MAP if engine.shipped else ""}{command}\n\n'
-    if engine.map.config.use_gain:
-        return (
-            "# This map has gains, which no stock adapter can hold, so this writes a whole model.\n"
-            + made
-            + "# From then on, with transformers alone:\npython <<'END'\n"
-            + "from transformers import AutoModelForCausalLM\n\n"
-            + 'model = AutoModelForCausalLM.from_pretrained("my-model")\nEND\n'
-        )
+    command = f"neva export stock {_shell_map(engine)} {shlex.join(words)}"
     return (
-        made
+        f'pip install "neva-hf[cli]"\n{_MAP if engine.shipped else ""}{command}\n\n'
         + "# From then on, with PEFT alone:\npython <<'END'\n"
         + "from peft import AutoPeftModelForCausalLM\n\n"
         + 'model = AutoPeftModelForCausalLM.from_pretrained("my-adapter")\nEND\n'

@@ -139,7 +139,7 @@ def conversation(engine: Engine, said: Sequence[Said]) -> str:
         right = _card(
             "edited",
             "With your dials",
-            "a few hundred of its neurons shifted",
+            "a few hundred of its neurons edited",
             '<span class="nv-empty">The same model, the same question, the same seed: only the dials differ.</span>',
             False,
         )
