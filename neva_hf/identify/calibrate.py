@@ -23,7 +23,7 @@ from .parallel import gathered, share
 
 TARGET_KL = 0.05
 # Beyond it answers of small models begin to repeat themselves (a rule of thumb: `neva evaluate --answers` measures it).
-FLUENT_KL = 0.2
+FLUENT_KL = 0.12
 MAX_STRENGTH = 5.0
 
 # A rough search on a few texts, then a fine one on more: (texts, rounds, tolerance of the coefficient).
